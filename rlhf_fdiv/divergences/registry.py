@@ -1,0 +1,84 @@
+"""From a name in a config to an f, and from a user's class to a name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_fdiv.divergences.base import Divergence, Scaled, label, parameters
+from rlhf_fdiv.divergences.family import FAMILY
+from rlhf_fdiv.divergences.proofs import check
+
+_REGISTRY: dict[str, type[Divergence]] = {cls.name: cls for cls in FAMILY}
+
+
+def names() -> list[str]:
+    """The registered names, in the order of the table in docs/mathematics.md."""
+    return list(_REGISTRY)
+
+
+def divergence_class(name: str) -> type[Divergence]:
+    """The class of a registered name or of a dotted path `package.module:Class`."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown divergence {name!r}: {hint}Known: {', '.join(_REGISTRY)}, or package.module:Class")
+    return _REGISTRY[name]
+
+
+def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence:
+    """The f that `spec` names: `get("alpha", alpha=0.3)` or `get({"name": "alpha", "alpha": 0.3})`.
+
+    `unit_curvature=True` divides f by f''(1) (smooth f only). Raises ValueError for an unknown name, parameter or
+    value.
+    """
+    if isinstance(spec, Divergence):
+        return spec
+    options = {**({"name": spec} if isinstance(spec, str) else spec), **params}
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"a divergence needs a name, one of: {', '.join(_REGISTRY)}; got {spec!r}")
+    unit_curvature = options.pop("unit_curvature", False)
+    cls = divergence_class(name)
+    known = parameters(cls)
+    for key in options.keys() - set(known):
+        raise ValueError(f"{name} has no parameter {key!r}; it takes {', '.join(known) or 'none'}")
+    f = cls(**{key: _value(name, key, value) for key, value in options.items()})
+    if not unit_curvature:
+        return f
+    if not f.curvature > 0:
+        raise ValueError(f"{label(f)} has no positive f''(1) to divide by: unit_curvature is for smooth f")
+    return Scaled(f, 1 / f.curvature)
+
+
+def _value(name: str, key: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):  # a mixture's weights, or its components
+        return tuple(get(x) if isinstance(x, str | Mapping) else _value(name, key, x) for x in value)
+    if isinstance(value, Divergence):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: {key} must be a finite number, not {value!r}")
+    return value
+
+
+def register(cls: type[Divergence]) -> type[Divergence]:
+    """Adds a user's f under its name; usable as a decorator. Raises ValueError, naming the failed proof, for
+    a wrong f."""
+    if cls.name in _REGISTRY and _REGISTRY[cls.name] is not cls:
+        raise ValueError(f"a divergence named {cls.name!r} exists already: give {cls.__name__} another name")
+    for params in cls.examples:
+        if failures := check(cls(**params)):
+            raise ValueError(f"{cls.name} is not registered: " + "; ".join(failures))
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def summary(f: Divergence) -> Sequence[str]:
+    """One row of `rlhf-fdiv divergences`: name, formula, direction in words, f'(∞), f''(1)."""
+    return label(f), f.formula, f.direction, f"{f.f_prime_at_infinity:.4g}", f"{f.curvature:.4g}"
