@@ -1,0 +1,119 @@
+"""Distributional constraints E_p[φ] = μ̄ (GDC, arXiv 2012.11635): p ∝ a·exp(λ·φ), with λ from a convex dual."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fdiv.targets.partition import effective_sample_size
+
+
+@dataclass(frozen=True)
+class Moments:
+    """potential = λ·φ(x, y): the target nearest to a (in KL(p‖a)) whose moments are `moments`, a scorer → its mean.
+
+    λ is solved before training on `num_prompts` × `num_generations` samples of the reference, one λ for all prompts and
+    a Z for each prompt.
+    """
+
+    moments: dict[str, float]
+    num_prompts: int = 64
+    num_generations: int = 16
+    lambdas: dict[str, float] = field(default_factory=dict)
+    name: ClassVar[str] = "moments"
+    has_zeros: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.moments:
+            raise ValueError("target.moments needs at least one scorer with its mean")
+        if self.lambdas and self.lambdas.keys() != self.moments.keys():
+            raise ValueError(f"target.lambdas must have the keys of target.moments: {', '.join(self.moments)}")
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return tuple(self.moments)
+
+    def potential(self, scores: dict[str, Tensor]) -> Tensor:
+        if not self.lambdas:
+            raise ValueError("moments: λ is not solved yet")
+        return sum((self.lambdas[k] * scores[k] for k in self.moments), torch.zeros(()))
+
+    def solved(self, solution: MomentSolution) -> Moments:
+        return replace(self, lambdas=dict(zip(self.moments, solution.lambdas.tolist(), strict=True)))
+
+
+class MomentSolution(NamedTuple):
+    """λ [k]; reference and reached moments [k]; log Z(x) [P]; the smallest ESS of a prompt and the largest residual."""
+
+    lambdas: Tensor
+    reference: Tensor
+    reached: Tensor
+    log_z: Tensor
+    ess: float
+    residual: float
+
+
+def solve_moments(phi: Tensor, goal: Tensor, names: list[str], tolerance: float = 1e-9) -> MomentSolution:
+    """Newton's method on the convex dual mean_x log Z(x, λ) − λ·μ̄, from samples of the reference.
+
+    phi [P, K, k] are the features of K samples for each of P prompts, goal [k]; a pooled Z would be wrong (base rates
+    .02 and .5 with the goal .5 would reach .397). Raises ValueError, naming the reachable range, for a goal outside it.
+    """
+    phi, goal = phi.double(), goal.double()
+    if not phi.isfinite().all():
+        raise ValueError("moments: a feature is nan or infinite")
+    _check_reachable(phi, goal, names)
+    lambdas = torch.zeros_like(goal)
+    for _ in range(200):
+        weights = torch.softmax(phi @ lambdas, 1)  # [P, K]
+        mean = torch.einsum("pk,pki->pi", weights, phi)
+        gradient = mean.mean(0) - goal
+        if gradient.abs().max() < tolerance:
+            break
+        centred = phi - mean[:, None]
+        hessian = torch.einsum("pk,pki,pkj->ij", weights, centred, centred) / len(phi)
+        ridge = 1e-10 + 1e-8 * hessian.diagonal().mean()
+        step = torch.linalg.solve(hessian + ridge * torch.eye(len(goal), dtype=phi.dtype), gradient)
+        lambdas = _line_search(phi, goal, lambdas, step, gradient)
+    else:
+        unmet = ", ".join(f"{n} = {g:.3g} (reached {m:.3g})" for n, g, m in zip(names, goal, mean.mean(0), strict=True))
+        raise ValueError(f"moments: no finite λ meets these together: {unmet}. Move the goals nearer to what a samples")
+    log_weights = phi @ lambdas
+    return MomentSolution(
+        lambdas,
+        phi.mean((0, 1)),
+        mean.mean(0),
+        torch.logsumexp(log_weights, 1) - math.log(phi.shape[1]),
+        float(effective_sample_size(log_weights).sum()),
+        float(gradient.abs().max()),
+    )
+
+
+def _dual(phi: Tensor, goal: Tensor, lambdas: Tensor) -> Tensor:
+    return torch.logsumexp(phi @ lambdas, 1).mean() - lambdas @ goal
+
+
+def _line_search(phi: Tensor, goal: Tensor, lambdas: Tensor, step: Tensor, gradient: Tensor) -> Tensor:
+    size, start = 1.0, _dual(phi, goal, lambdas)
+    while size > 1e-10 and _dual(phi, goal, lambdas - size * step) > start - 1e-4 * size * (gradient @ step):
+        size /= 2
+    return lambdas - size * step
+
+
+def _check_reachable(phi: Tensor, goal: Tensor, names: list[str]) -> None:
+    # with one λ for all prompts and λ → ±∞, each prompt moves to its own extreme sample
+    low, high = phi.amin(1).mean(0), phi.amax(1).mean(0)
+    problems = [
+        f"{name} = {float(g):g} is outside the reachable range ({float(lo):.3g}, {float(hi):.3g})"
+        for name, g, lo, hi in zip(names, goal, low, high, strict=True)
+        if not lo < g < hi
+    ]
+    if problems:
+        raise ValueError(
+            f"moments: {'; '.join(problems)} of {phi.shape[1]} samples of the reference for each of {len(phi)} prompts. "
+            "Choose goals inside, or raise num_generations so that rare texts are seen"
+        )

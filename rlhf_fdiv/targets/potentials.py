@@ -1,0 +1,89 @@
+"""Potentials that are known before training: a reward tilt, a pointwise constraint, and products."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """potential = r/β: the target of RLHF, p ∝ a·exp(r/β)."""
+
+    beta: float = 0.1
+    reward: str = "reward"
+    name: ClassVar[str] = "tilted"
+    has_zeros: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"target.beta must be above 0, not {self.beta}")
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return (self.reward,)
+
+    def potential(self, scores: dict[str, Tensor]) -> Tensor:
+        return scores[self.reward] / self.beta
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """potential = log b(x, y), 0 ≤ b ≤ 1: with b ∈ {0, 1} the target is a itself, conditioned on the constraint.
+
+    Where b = 0 the target is exactly zero and only an f of finite f'(∞) can be matched; `floor` > 0 replaces b by
+    max(b, floor) for the others.
+    """
+
+    scorer: str
+    floor: float = 0.0
+    name: ClassVar[str] = "pointwise"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"target.floor must lie in [0, 1), not {self.floor}")
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.floor == 0
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return (self.scorer,)
+
+    def potential(self, scores: dict[str, Tensor]) -> Tensor:
+        b = scores[self.scorer]
+        if bool(((b < 0) | (b > 1)).any()):
+            outside = float(b[(b < 0) | (b > 1)][0])
+            raise ValueError(f"pointwise: scorer {self.scorer!r} gave {outside:g}, which is not in [0, 1]")
+        return torch.where(b > 0, b, self.floor).clamp(min=self.floor).log() if self.floor else b.log()
+
+
+@dataclass(frozen=True)
+class Product:
+    """potential = Σ of the potentials of several targets, which makes p ∝ a·Π exp(potential)."""
+
+    of: list[Any] = field(default_factory=list)
+    name: ClassVar[str] = "product"
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise ValueError("target.of: a product needs at least one target")
+
+    @property
+    def has_zeros(self) -> bool:
+        return any(t.has_zeros for t in self.of)
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for t in self.of for name in t.scorers))
+
+    def potential(self, scores: dict[str, Tensor]) -> Tensor:
+        total = self.of[0].potential(scores)
+        for target in self.of[1:]:
+            total = total + target.potential(scores)
+        return torch.where(total.isnan(), -math.inf, total)
