@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fdiv.divergences import Divergence, label
+from rlhf_fdiv.divergences import Divergence, exact, label
 from rlhf_fdiv.sequences import at_last_token, sequence_sum
 
 
@@ -30,7 +31,8 @@ class Match:
 
     def pseudo_reward(self, f: Divergence, log_pi: Tensor, log_a: Tensor, potential: Tensor, log_z: Tensor) -> Tensor:
         """−f'(log π − log p), [B] each; where p = 0 it is −f'(∞), which `conflicts` requires to be finite."""
-        return -f.f_prime(log_pi - (log_a + potential - log_z))
+        log_p = torch.where(potential == -math.inf, -math.inf, log_a + potential - log_z)
+        return -f.f_prime(log_pi - log_p)
 
     def conflicts(self, f: Divergence, target_has_zeros: bool) -> str | None:
         if target_has_zeros and math.isinf(f.f_prime_at_infinity):
@@ -109,3 +111,24 @@ def token_rewards(
     scale = factor * (objective.beta if isinstance(objective, Regularise) else 1.0)
     penalty = -scale * (log_pi - log_a) * mask
     return penalty + at_last_token(score - penalty.sum(-1), mask)
+
+
+def next_token_divergence(f: Divergence, log_prob: Tensor) -> Tensor:
+    """SFT by token: D_f(π ‖ δ_y) = f(π_y) + f'(∞)·(1 − π_y), the data's next token y as the target; any shape.
+
+    Forward KL gives −log π_y, the cross-entropy; alpha and hellinger give the generalised cross-entropy
+    (1 − π_y^q)/q up to scale (arXiv 1805.07836), tv gives 1 − π_y. Needs a finite f'(∞).
+    """
+    if math.isinf(f.f_prime_at_infinity):
+        raise ValueError(f"{label(f)} is infinite for any model that is not certain (f'(∞) = ∞)")
+    return f.f(log_prob) - f.f_prime_at_infinity * torch.expm1(log_prob)
+
+
+def preference_divergence(f: Divergence, margin: Tensor, preference: Tensor) -> Tensor:
+    """Reward model by pair: Bernoulli D_f(σ(r_A − r_B) ‖ c), c the share of raters who prefer A; any shape.
+
+    Forward KL is Bradley–Terry with soft labels less the labels' own entropy, which no parameter moves.
+    """
+    log_pi = torch.stack([F.logsigmoid(margin), F.logsigmoid(-margin)], -1)
+    log_p = torch.stack([preference.log(), torch.log1p(-preference)], -1)
+    return exact(f, log_pi, log_p)

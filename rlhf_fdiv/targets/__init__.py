@@ -5,11 +5,45 @@ Each target's fields are its YAML schema. `scores` maps a scorer's name to its s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rlhf_fdiv.targets.moments import Moments, MomentSolution, solve_moments
 from rlhf_fdiv.targets.partition import LogPartition, effective_sample_size
 from rlhf_fdiv.targets.potentials import Pointwise, Product, Tilted
+
+
+def solve(target: Any, scores: dict[str, Tensor]) -> tuple[Any, MomentSolution | None]:
+    """The target with its λ, from scores [P, K] of reference samples; a target without an unsolved moment stays as it is."""
+    parts = target.of if isinstance(target, Product) else [target]
+    open_parts = [t for t in parts if isinstance(t, Moments) and not t.lambdas]
+    if not open_parts:
+        return target, None
+    if len(open_parts) > 1:
+        raise ValueError("target: put all moments of a product into one `moments` target; they share one λ vector")
+    moments, others = open_parts[0], [t for t in parts if t is not open_parts[0]]
+    names = list(moments.moments)
+    base = Product(others).potential(scores) if others else None
+    goal = torch.tensor([moments.moments[n] for n in names], dtype=torch.float64)
+    solution = solve_moments(torch.stack([scores[n] for n in names], -1), goal, names, base)
+    return with_lambdas(target, dict(zip(names, solution.lambdas.tolist(), strict=True))), solution
+
+
+def with_lambdas(target: Any, lambdas: dict[str, float]) -> Any:
+    """The target with the λ of its `moments` part set."""
+    if isinstance(target, Moments):
+        return replace(target, lambdas=lambdas)
+    return replace(target, of=[with_lambdas(t, lambdas) if isinstance(t, Moments) else t for t in target.of])
+
+
+def unsolved(target: Any) -> Moments | None:
+    """The `moments` part whose λ is still to be solved."""
+    parts = target.of if isinstance(target, Product) else [target]
+    return next((t for t in parts if isinstance(t, Moments) and not t.lambdas), None)
+
 
 TARGETS: dict[str, Any] = {cls.name: cls for cls in (Tilted, Moments, Pointwise, Product)}
 
@@ -22,5 +56,8 @@ __all__ = [
     "Product",
     "Tilted",
     "effective_sample_size",
+    "solve",
     "solve_moments",
+    "unsolved",
+    "with_lambdas",
 ]

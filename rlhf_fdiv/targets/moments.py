@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -42,9 +42,6 @@ class Moments:
             raise ValueError("moments: λ is not solved yet")
         return sum((self.lambdas[k] * scores[k] for k in self.moments), torch.zeros(()))
 
-    def solved(self, solution: MomentSolution) -> Moments:
-        return replace(self, lambdas=dict(zip(self.moments, solution.lambdas.tolist(), strict=True)))
-
 
 class MomentSolution(NamedTuple):
     """λ [k]; reference and reached moments [k]; log Z(x) [P]; the smallest ESS of a prompt and the largest residual."""
@@ -57,19 +54,23 @@ class MomentSolution(NamedTuple):
     residual: float
 
 
-def solve_moments(phi: Tensor, goal: Tensor, names: list[str], tolerance: float = 1e-9) -> MomentSolution:
+def solve_moments(
+    phi: Tensor, goal: Tensor, names: list[str], base: Tensor | None = None, tolerance: float = 1e-9
+) -> MomentSolution:
     """Newton's method on the convex dual mean_x log Z(x, λ) − λ·μ̄, from samples of the reference.
 
     phi [P, K, k] are the features of K samples for each of P prompts, goal [k]; a pooled Z would be wrong (base rates
-    .02 and .5 with the goal .5 would reach .397). Raises ValueError, naming the reachable range, for a goal outside it.
+    .02 and .5 with the goal .5 would reach .397). `base` [P, K] is the potential of what the target is multiplied with.
+    Raises ValueError, naming the reachable range, for a goal outside it.
     """
     phi, goal = phi.double(), goal.double()
+    base = torch.zeros_like(phi[..., 0]) if base is None else base.double()
     if not phi.isfinite().all():
         raise ValueError("moments: a feature is nan or infinite")
     _check_reachable(phi, goal, names)
     lambdas = torch.zeros_like(goal)
     for _ in range(200):
-        weights = torch.softmax(phi @ lambdas, 1)  # [P, K]
+        weights = torch.softmax(base + phi @ lambdas, 1)  # [P, K]
         mean = torch.einsum("pk,pki->pi", weights, phi)
         gradient = mean.mean(0) - goal
         if gradient.abs().max() < tolerance:
@@ -78,14 +79,14 @@ def solve_moments(phi: Tensor, goal: Tensor, names: list[str], tolerance: float 
         hessian = torch.einsum("pk,pki,pkj->ij", weights, centred, centred) / len(phi)
         ridge = 1e-10 + 1e-8 * hessian.diagonal().mean()
         step = torch.linalg.solve(hessian + ridge * torch.eye(len(goal), dtype=phi.dtype), gradient)
-        lambdas = _line_search(phi, goal, lambdas, step, gradient)
+        lambdas = _line_search(phi, base, goal, lambdas, step, gradient)
     else:
         unmet = ", ".join(f"{n} = {g:.3g} (reached {m:.3g})" for n, g, m in zip(names, goal, mean.mean(0), strict=True))
         raise ValueError(f"moments: no finite λ meets these together: {unmet}. Move the goals nearer to what a samples")
-    log_weights = phi @ lambdas
+    log_weights = base + phi @ lambdas
     return MomentSolution(
         lambdas,
-        phi.mean((0, 1)),
+        torch.einsum("pk,pki->i", torch.softmax(base, 1), phi) / len(phi),
         mean.mean(0),
         torch.logsumexp(log_weights, 1) - math.log(phi.shape[1]),
         float(effective_sample_size(log_weights).sum()),
@@ -93,13 +94,13 @@ def solve_moments(phi: Tensor, goal: Tensor, names: list[str], tolerance: float 
     )
 
 
-def _dual(phi: Tensor, goal: Tensor, lambdas: Tensor) -> Tensor:
-    return torch.logsumexp(phi @ lambdas, 1).mean() - lambdas @ goal
+def _dual(phi: Tensor, base: Tensor, goal: Tensor, lambdas: Tensor) -> Tensor:
+    return torch.logsumexp(base + phi @ lambdas, 1).mean() - lambdas @ goal
 
 
-def _line_search(phi: Tensor, goal: Tensor, lambdas: Tensor, step: Tensor, gradient: Tensor) -> Tensor:
-    size, start = 1.0, _dual(phi, goal, lambdas)
-    while size > 1e-10 and _dual(phi, goal, lambdas - size * step) > start - 1e-4 * size * (gradient @ step):
+def _line_search(phi: Tensor, base: Tensor, goal: Tensor, lambdas: Tensor, step: Tensor, gradient: Tensor) -> Tensor:
+    size, start = 1.0, _dual(phi, base, goal, lambdas)
+    while size > 1e-10 and _dual(phi, base, goal, lambdas - size * step) > start - 1e-4 * size * (gradient @ step):
         size /= 2
     return lambdas - size * step
 

@@ -1,0 +1,123 @@
+"""`rlhf-fdiv …`: the stages of a run, and what the library knows. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Align language models by minimising an f-divergence.",
+)
+
+ConfigArgument = Annotated[Path | None, typer.Argument(help="A config file (YAML).", show_default=False)]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="The same, as an option.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value overrides.", show_default=False)]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
+
+
+def _run(
+    first: Path | None, option: Path | None, overrides: list[str] | None, print_config: bool, stages: list[str] | None
+) -> None:
+    from rlhf_fdiv import config as configs
+    from rlhf_fdiv.errors import UserError
+
+    words = [*([str(first)] if first is not None else []), *(overrides or [])]
+    if option is None:
+        if not words or "=" in words[0]:
+            raise UserError("which config? Give a file: rlhf-fdiv run configs/quickstart.yaml [a.b=value …]")
+        option = Path(words.pop(0))
+    if stages:
+        words.append(f"stages=[{stages[0]}]")
+    config = configs.load(option, words)
+    if print_config:
+        typer.echo(configs.dump(config), nl=False)
+        return
+    from rlhf_fdiv.stages.common import execute
+
+    folder = execute(config, config.stages)
+    if (folder.path / "report.md").is_file():
+        typer.echo(f"report: {folder.path / 'report.md'}")
+
+
+@app.command()
+def run(
+    config: ConfigArgument = None,
+    overrides: Overrides = None,
+    config_option: ConfigOption = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """All stages of a config, in order; finished ones are skipped."""
+    _run(config, config_option, overrides, print_config, None)
+
+
+def _stage_command(name: str, text: str) -> None:
+    def command(
+        config: ConfigArgument = None,
+        overrides: Overrides = None,
+        config_option: ConfigOption = None,
+        print_config: PrintConfig = False,
+    ) -> None:
+        _run(config, config_option, overrides, print_config, [name])
+
+    command.__doc__ = text
+    app.command(name)(command)
+
+
+_stage_command("sft", "Supervised fine-tuning, its loss any f with finite f'(∞).")
+_stage_command("reward", "A reward model from human preferences.")
+_stage_command("policy", "On-policy alignment.")
+_stage_command("evaluate", "Before and after, on held-out prompts.")
+
+
+@app.command("divergences")
+def list_divergences(
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw every f and f' into this file (PNG or PDF).")
+    ] = None,
+) -> None:
+    """Every f with formula, direction and limits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlhf_fdiv import divergences
+    from rlhf_fdiv.plots import plot_divergences
+
+    table = Table("name", "f(t), t = π/p", "direction", "f'(∞)", "f''(1)")
+    for name in divergences.names():
+        table.add_row(*divergences.summary(divergences.get(name)))
+    Console().print(table)
+    if plot is not None:
+        plot_divergences(plot)
+        typer.echo(f"plot: {plot}")
+
+
+@app.command("config-schema")
+def config_schema() -> None:
+    """JSON schema of every config section and choice."""
+    import json
+
+    from rlhf_fdiv import config as configs
+
+    typer.echo(json.dumps(configs.schema(), indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """The console script: a user's mistake ends with its message and exit code 2, never with a traceback."""
+    from rlhf_fdiv.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

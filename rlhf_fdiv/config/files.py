@@ -1,0 +1,86 @@
+"""Reading a config: YAML files that build on each other by `base`, and `a.b=value` overrides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_fdiv.errors import UserError
+
+CHOICES = ("objective", "target", "estimator", "divergence")  # a bare string in their place is their name
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-6 is a number and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if isinstance(key, dict | list) or keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice or is no name", node.start_mark
+            )
+    loader.flatten_mapping(node)
+    return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file with everything its `base` files give, the nearer file winning."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its `base` leads back to itself")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a mapping of keys, not {type(raw).__name__}")
+    bases = raw.pop("base", None) or []
+    config: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        config = merge(config, read_yaml(path.parent / str(base), (*seen, path.resolve())))
+    return merge(config, raw)
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins; sections merge key by key, a choice of another name replaces the whole choice."""
+    out = dict(under)
+    for key, value in over.items():
+        if key == "model" and isinstance(value, str):
+            value = {"name_or_path": value}
+        elif key in CHOICES and isinstance(value, str):
+            value = {"name": value}
+        old = out.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
+            value = merge(old, value)
+        out[key] = value
+    return out
+
+
+def with_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Applies `a.b=value`, the value read as YAML."""
+    for item in overrides:
+        dotted, sign, text = item.partition("=")
+        if not sign or not all(dotted.split(".")):
+            raise UserError(f"override {item!r}: write key=value, for example policy.learning_rate=1e-5")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {item!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        for key in reversed(dotted.split(".")):
+            value = {key: value}
+        raw = merge(raw, value)
+    return raw

@@ -1,0 +1,138 @@
+"""The typed sections of a config. Field names are those of `TrainingArguments` wherever they mean the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_fdiv import divergences
+from rlhf_fdiv.model_options import ModelOptions
+
+STAGES = ("sft", "reward", "policy", "evaluate")
+Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """A file, a saved `datasets` folder or a hub name for each use; `film_reviews/…` is made on first use."""
+
+    sft_train: str | None = None
+    sft_eval: str | None = None
+    preferences_train: str | None = None
+    preferences_eval: str | None = None
+    prompts_train: str | None = None
+    prompts_eval: str | None = None
+
+
+@dataclass(frozen=True)
+class SftOptions:
+    """Supervised fine-tuning by TRL's SFTTrainer; `training_args` takes any other field of its SFTConfig."""
+
+    divergence: Any = "forward_kl"
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler_type: Scheduler = "linear"
+    warmup_steps: float = 0.1
+    max_length: int = 128
+    save_steps: int = 0
+    training_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """A reward model from pairs. `method: head` fits a linear head on frozen hidden states, in minutes on a CPU;
+    `method: finetune` is TRL's RewardTrainer, whose other fields go into `training_args`."""
+
+    method: Literal["head", "finetune"] = "head"
+    divergence: Any = "forward_kl"
+    label_smoothing: float = 0.0
+    max_pairs: int | None = None
+    layers: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])
+    l2: float = 1.0
+    batch_size: int = 64
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-5
+    max_length: int = 256
+    training_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
+    optimiser step of them (ppo and grpo: one an epoch and minibatch)."""
+
+    model: str | None = None
+    max_steps: int = 100
+    num_prompts: int = 8
+    num_generations: int = 8
+    max_completion_length: int = 32
+    per_device_train_batch_size: int = 32
+    learning_rate: float = 1e-5
+    lr_scheduler_type: Scheduler = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    engine: Literal["cached", "generate"] = "cached"
+    warm_start_generations: int = 0
+    save_steps: int = 50
+    save_total_limit: int = 2
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measurement on held-out prompts, of the reference and of the policy with the same random streams."""
+
+    num_prompts: int | None = None
+    num_generations: int = 4
+    batch_size: int = 64
+    divergences: list[Any] = field(
+        default_factory=lambda: ["reverse_kl", "forward_kl", "js", "tv", "hellinger", "pearson_chi2"]
+    )
+    gold: str = "gold"
+    perplexity_rows: int = 128
+    samples: int = 10
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one run is made of; the fields are the top-level keys of a config file."""
+
+    name: str
+    model: ModelOptions
+    data: DataOptions
+    divergence: dict[str, Any]
+    objective: Any
+    target: Any
+    estimator: Any
+    scorers: dict[str, Any]
+    sft: SftOptions
+    reward: RewardOptions
+    policy: PolicyOptions
+    evaluate: EvaluateOptions
+    stages: list[str]
+    seed: int = 0
+    output_dir: str = "runs"
+    reuse: str | None = None
+    resume: str | None = None
+    report_to: str = "tensorboard"
+
+    @property
+    def f(self) -> divergences.Divergence:
+        return divergences.get(self.divergence)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def beta(self) -> float:
+        """The β of the reported objective E[r] − β·KL."""
+        betas = [getattr(self.objective, "beta", None), getattr(self.target, "beta", None)]
+        return next((float(b) for b in betas if b is not None), 1.0)

@@ -1,0 +1,21 @@
+"""One kind of error for everything a user can mend; the command line prints its message and nothing else."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a config, a data file or the state of a run folder; `problems` are whole sentences, all at once."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' — did you mean 'x'?' where something known is near, else the known words."""
+    words = list(known)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.55)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(words)}"

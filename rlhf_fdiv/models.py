@@ -1,0 +1,152 @@
+"""Policies, references and tokenizers: ordinary Hugging Face folders or hub names, full or LoRA."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_fdiv.assets import resolve_model
+from rlhf_fdiv.model_options import ModelOptions
+from rlhf_fdiv.sequences import Sequences, token_log_probs
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer, padded on the left. Raises ValueError where there is no EOS: a text could never end."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), padding_side="left")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model {name_or_path}: its tokenizer has no EOS token, so no text could ever end. Set eos_token"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless here: every mask comes from lengths, none from ids
+    return tokenizer
+
+
+def context_length(name_or_path: str) -> int:
+    """How many tokens a model can read, from its config alone."""
+    config = AutoConfig.from_pretrained(resolve_model(name_or_path))
+    if config.is_encoder_decoder:
+        raise ValueError(f"model {name_or_path} is an encoder–decoder; only decoder-only (causal) models are supported")
+    return int(getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
+    """A causal LM in eval mode (dropout off). An adapter folder is merged into its base, so that it can be a reference."""
+    path = resolve_model(name_or_path)
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
+    if options.attn_implementation:
+        kwargs["attn_implementation"] = options.attn_implementation
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftModel
+
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(base), **kwargs)
+        return PeftModel.from_pretrained(model, path).merge_and_unload().eval()
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+
+
+class TokenOutputs(NamedTuple):
+    """[B, T] each: log π of the completion's tokens, zero at padding; V(x, y_<t) where there is a value head."""
+
+    log_probs: Tensor
+    values: Tensor | None
+
+
+class Policy(nn.Module):
+    """A causal LM and, for ppo, a value head on its last hidden states: one module, so that one wrapper shards both.
+
+    Stays in eval mode: with dropout the ratio of a policy to itself would not be 1.
+    """
+
+    def __init__(self, lm: nn.Module, value_head: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            config: Any = lm.config
+            self.value_head = nn.Linear(config.get_text_config().hidden_size, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        self.eval()
+
+    def forward(self, sequences: Sequences) -> TokenOutputs:
+        length = sequences.mask.shape[1]
+        out = self.lm(
+            **sequences.model_inputs(),
+            logits_to_keep=length + 1,
+            use_cache=False,
+            output_hidden_states=self.value_head is not None,
+        )
+        log_probs = token_log_probs(out.logits[:, -length - 1 : -1], sequences.completion_ids, sequences.mask)
+        if self.value_head is None:
+            return TokenOutputs(log_probs, None)
+        hidden = out.hidden_states[-1][:, -length - 1 : -1].to(self.value_head.weight.dtype)
+        return TokenOutputs(log_probs, self.value_head(hidden).squeeze(-1) * sequences.mask)
+
+
+def load_policy(name_or_path: str, options: ModelOptions, value_head: bool = False) -> tuple[Policy, Reference]:
+    """The policy to train and its frozen reference, both at the weights of `name_or_path`."""
+    lm = load_causal_lm(name_or_path, options)
+    if options.lora is None:
+        frozen = copy.deepcopy(lm).requires_grad_(False)
+        return Policy(lm, value_head), Reference(Policy(frozen), adapter_off=False)
+    from peft import LoraConfig, get_peft_model
+
+    lora = options.lora
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    policy = Policy(get_peft_model(lm, config), value_head)  # type: ignore[arg-type]
+    return policy, Reference(policy, adapter_off=True)
+
+
+class Reference:
+    """a(y|x), frozen: a copy of the policy at its start, or the policy itself with its adapter off."""
+
+    def __init__(self, policy: Policy, adapter_off: bool) -> None:
+        self.policy = policy
+        self.adapter_off = adapter_off
+
+    @contextlib.contextmanager
+    def lm(self) -> Iterator[nn.Module]:
+        """The reference as a causal LM, for generation."""
+        lm: Any = self.policy.lm
+        with torch.no_grad(), lm.disable_adapter() if self.adapter_off else contextlib.nullcontext():
+            yield lm
+
+    def log_probs(self, sequences: Sequences) -> Tensor:
+        """log a of the completion's tokens, [B, T]; no gradient."""
+        with self.lm():
+            return self.policy(sequences).log_probs
+
+    def to(self, device: torch.device) -> Reference:
+        if not self.adapter_off:
+            self.policy.to(device)
+        return self
+
+
+def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """`folder/model` is an ordinary model (adapters merged), `folder/adapter` the adapter alone where there is one."""
+    lm: Any = policy.lm
+    if hasattr(lm, "merge_and_unload"):
+        lm.save_pretrained(folder / "adapter")
+        lm = copy.deepcopy(lm).merge_and_unload()
+    lm.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    if policy.value_head is not None:
+        from safetensors.torch import save_file
+
+        save_file(dict(policy.value_head.state_dict()), folder / "value_head.safetensors")

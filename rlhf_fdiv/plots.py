@@ -1,0 +1,34 @@
+"""A picture of every f."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlhf_fdiv import divergences
+
+
+def plot_divergences(path: Path) -> None:
+    """f(t) and −f'(t) (the pseudo-reward of `match`) over log₁₀ t, one line for each registered f."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    s = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for i, name in enumerate(divergences.names()):
+        f = divergences.get(name)
+        style = {"color": plt.get_cmap("tab20")(i / 12), "linewidth": 1.6, "label": divergences.label(f)}
+        left.plot(s / 2.302585, f.f(s), **style)
+        right.plot(s / 2.302585, -f.f_prime(s), **style)
+    left.set(ylim=(0, 4), xlabel="log₁₀ π/p", title="f(π/p): the price")
+    right.set(ylim=(-4, 4), xlabel="log₁₀ π/p", title="−f'(π/p): the pseudo-reward of match")
+    right.legend(fontsize=7, frameon=False, loc="upper right")
+    for axis in (left, right):
+        axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,129 @@
+"""Reward models: a linear head on frozen hidden states (fast on a CPU), or a fine-tuned sequence classifier."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from rlhf_fdiv.assets import resolve_model
+from rlhf_fdiv.divergences import Divergence
+from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.models import load_tokenizer
+from rlhf_fdiv.objectives import preference_divergence
+from rlhf_fdiv.rewards import is_reward_folder, read_reward_config
+from rlhf_fdiv.sequences import pad
+
+
+class HiddenStates:
+    """Hidden states of a frozen model, averaged over the completion's tokens, from a few layers side by side.
+
+    Layers above the last one asked for are never loaded. `layers` are fractions of the depth, 0 < layer ≤ 1.
+    """
+
+    def __init__(self, name_or_path: str, dtype: str, layers: list[float], device: torch.device) -> None:
+        path = resolve_model(name_or_path)
+        config = AutoConfig.from_pretrained(path)
+        depth = config.num_hidden_layers
+        self.layers = [max(1, round(fraction * depth)) for fraction in layers]
+        config.num_hidden_layers = max(self.layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+        self.tokenizer = load_tokenizer(name_or_path)
+        self.model = AutoModel.from_pretrained(path, config=config, dtype=getattr(torch, dtype)).eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], completions: list[str], batch_size: int) -> Tensor:
+        """[N, layers × hidden] in float32; sorted by length inside, so that little is padded."""
+        prompt_ids = self.tokenizer(prompts)["input_ids"]
+        ids = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        whole = [a + b + [eos] for a, b in zip(prompt_ids, ids, strict=True)]
+        order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
+        features = torch.zeros(len(whole), len(self.layers) * self.model.config.hidden_size)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens, mask = (x.to(self.model.device) for x in pad([whole[i] for i in rows], 0, "right"))
+            states = self.model(
+                input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
+            ).hidden_states
+            first = torch.tensor([len(prompt_ids[i]) for i in rows], device=mask.device)
+            own = (mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])).unsqueeze(-1)
+            pooled = [(states[layer].float() * own).sum(1) / own.sum(1) for layer in self.layers]
+            features[rows] = torch.cat(pooled, 1).cpu()
+        return features
+
+
+@dataclass
+class HeadReward:
+    """r(x, y) = w·(φ(x, y) − mean)/std, φ from `HiddenStates`; zero on average over the texts it was trained on."""
+
+    states: HiddenStates
+    config: dict[str, Any]
+    weight: Tensor  # [D]
+    mean: Tensor  # [D]
+    std: Tensor  # [D]
+
+    def score(self, prompts: list[str], completions: list[str], batch_size: int) -> list[float]:
+        features = self.states(prompts, completions, batch_size)
+        return (((features - self.mean) / self.std) @ self.weight).tolist()
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"weight": self.weight, "mean": self.mean, "std": self.std}, folder / "head.safetensors")
+        (folder / "reward_config.json").write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+
+
+def fit_head(f: Divergence, difference: Tensor, preference: Tensor, l2: float) -> Tensor:
+    """w minimising mean D_f(σ(w·Δφ) ‖ c) + ½·l2·|w|²/N by L-BFGS; Δφ [N, D], c [N] → [D] in float32."""
+    x, c = difference.double(), preference.double()
+    w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = preference_divergence(f, x @ w, c).mean() + l2 / (2 * len(x)) * (w @ w)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    if not bool(w.isfinite().all()):
+        raise UserError("reward: the head's fit did not stay finite; raise reward.l2 or set reward.label_smoothing")
+    return w.detach().float()
+
+
+class ClassifierReward:
+    """Any sequence classifier with one label, such as TRL's RewardTrainer makes."""
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        self.tokenizer = load_tokenizer(path)
+        self.tokenizer.padding_side = "right"
+        self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto").eval().to(device)
+        if self.model.config.num_labels != 1:
+            raise UserError(f"{path}: a reward model has one label, this one has {self.model.config.num_labels}")
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def score(self, prompts: list[str], completions: list[str], batch_size: int) -> list[float]:
+        eos = self.tokenizer.eos_token
+        texts = [p + c + eos for p, c in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(texts), batch_size):
+            batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
+            scores += self.model(**batch.to(self.model.device)).logits.squeeze(-1).float().tolist()
+        return scores
+
+
+def load_reward_model(path: str, device: torch.device) -> HeadReward | ClassifierReward:
+    """From the folder of either kind, or a hub name of the second."""
+    if not is_reward_folder(path):
+        return ClassifierReward(path, device)
+    config, tensors = read_reward_config(path), load_file(Path(path) / "head.safetensors")
+    states = HiddenStates(config["backbone"], config["dtype"], config["layers"], device)
+    return HeadReward(states, config, tensors["weight"], tensors["mean"], tensors["std"])

@@ -1,0 +1,209 @@
+"""Scorers: what a text is worth. A config names them once; targets use them, and evaluation reports them all.
+
+Each scorer's fields are its YAML schema. It maps prompts and completions to finite numbers, one a text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlhf_fdiv.data import RATINGS, read_rows
+from rlhf_fdiv.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A trained reward model: the folder that the reward stage made, or any sequence classifier with one label.
+
+    `path` defaults to the run's own reward stage. Scores are clipped to `clip`.
+    """
+
+    path: str | None = None
+    clip: tuple[float, float] | None = None
+    batch_size: int = 64
+    name: ClassVar[str] = "reward_model"
+
+    def open(self, device: torch.device) -> Callable[..., list[float]]:
+        from rlhf_fdiv.reward_models import load_reward_model
+
+        if self.path is None:
+            raise UserError("scorers: a reward_model needs its `path`, or a reward stage in the same run")
+        model = load_reward_model(self.path, device)
+        low, high = self.clip or (-math.inf, math.inf)
+
+        def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+            raw = model.score(prompts, completions, self.batch_size)
+            return [min(max(x, low), high) for x in raw]
+
+        return score
+
+
+@dataclass(frozen=True)
+class NgramRidge:
+    """Ridge regression on TF-IDF of word n-grams, fitted on rated texts: a score of quite another kind than a neural
+    reward, for checking it ("gold"). Clipped to the range of the ratings' scale."""
+
+    data: str
+    clip: tuple[float, float] = (-4.0, 4.0)
+    alpha: float = 1.0
+    name: ClassVar[str] = "ngram_ridge"
+
+    def open(self, device: torch.device) -> Callable[..., list[float]]:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import Ridge
+        from sklearn.pipeline import make_pipeline
+
+        rows = read_rows(self.data, RATINGS)
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b\w[\w']*\b")
+        model = make_pipeline(words, Ridge(alpha=self.alpha)).fit(
+            [r["text"] for r in rows], [r["rating"] for r in rows]
+        )
+
+        def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+            return model.predict(completions).clip(*self.clip).tolist()
+
+        return score
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """1 where a regular expression is found in the completion (case ignored), else 0."""
+
+    pattern: str
+    name: ClassVar[str] = "pattern"
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern is not a regular expression: {error}") from error
+
+    def open(self, device: torch.device) -> Callable[..., list[float]]:
+        found = re.compile(self.pattern, re.IGNORECASE)
+        return lambda prompts, completions, **columns: [float(bool(found.search(c))) for c in completions]
+
+
+@dataclass(frozen=True)
+class Length:
+    """The number of words of the completion, divided by `scale`."""
+
+    scale: float = 1.0
+    name: ClassVar[str] = "length"
+
+    def open(self, device: torch.device) -> Callable[..., list[float]]:
+        return lambda prompts, completions, **columns: [len(c.split()) / self.scale for c in completions]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """1 where another scorer exceeds `above`, else 0."""
+
+    of: str
+    above: float = 0.0
+    name: ClassVar[str] = "threshold"
+
+
+@dataclass(frozen=True)
+class Function:
+    """A user's function by dotted path, with TRL's signature (prompts, completions, **columns) → list of numbers."""
+
+    path: str
+    name: ClassVar[str] = "function"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.]+:[\w.]+", self.path):
+            raise ValueError(f"path must look like package.module:function, not {self.path!r}")
+
+    def open(self, device: torch.device) -> Callable[..., list[float]]:
+        module, _, attribute = self.path.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"scorers: cannot load {self.path}: {error}") from error
+
+
+SCORERS: dict[str, Any] = {cls.name: cls for cls in (RewardModel, NgramRidge, Pattern, Length, Threshold, Function)}
+
+
+class Scorers:
+    """The scorers of a run, opened once: `scores(names, prompts, completions)` → name → [B]."""
+
+    def __init__(self, specs: dict[str, Any], device: torch.device) -> None:
+        self.specs = specs
+        self.device = device
+        self._open: dict[str, Callable[..., list[float]]] = {}
+
+    @cached_property
+    def names(self) -> list[str]:
+        return list(self.specs)
+
+    def __call__(
+        self, names: list[str], prompts: list[str], completions: list[str], **columns: Any
+    ) -> dict[str, Tensor]:
+        """Each scorer's scores [B] in float32, on the device. Raises UserError for a wrong count, type or nan."""
+        scores: dict[str, Tensor] = {}
+        for name in names:
+            self._score(name, scores, prompts, completions, columns)
+        return {name: scores[name] for name in names}
+
+    def _score(
+        self, name: str, scores: dict[str, Tensor], prompts: list[str], completions: list[str], columns: Any
+    ) -> Tensor:
+        if name in scores:
+            return scores[name]
+        spec = self.specs[name]
+        if isinstance(spec, Threshold):
+            scores[name] = (self._score(spec.of, scores, prompts, completions, columns) > spec.above).float()
+            return scores[name]
+        if name not in self._open:
+            self._open[name] = spec.open(self.device)
+        values = self._open[name](prompts=prompts, completions=completions, **columns)
+        scores[name] = _checked(name, values, completions).to(self.device)
+        return scores[name]
+
+
+def _checked(name: str, values: Any, completions: list[str]) -> Tensor:
+    try:
+        scores = torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"scorer {name!r} gave something that is not a list of numbers: {error}") from error
+    if scores.shape != (len(completions),):
+        raise UserError(f"scorer {name!r} gave shape {[*scores.shape]} for {len(completions)} completions")
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).nonzero()[0])
+        raise UserError(f"scorer {name!r} gave {float(scores[row])} for completion {row}: {completions[row][:200]!r}")
+    return scores
+
+
+def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
+    """Problems of a config's scorers and of the names that targets use."""
+    problems = [f"target: no scorer named {n!r}{did_you_mean(n, specs)}" for n in used if n not in specs]
+    for name, spec in specs.items():
+        seen = {name}
+        while isinstance(spec, Threshold):
+            if spec.of not in specs or spec.of in seen:
+                problems.append(f"scorers.{name}.of: {spec.of!r} is not another scorer{did_you_mean(spec.of, specs)}")
+                break
+            seen.add(spec.of)
+            spec = specs[spec.of]
+    return problems
+
+
+def is_reward_folder(path: str) -> bool:
+    """Whether a folder was made by the reward stage's fast option."""
+    return (Path(path) / "reward_config.json").is_file()
+
+
+def read_reward_config(path: str) -> dict[str, Any]:
+    return json.loads((Path(path) / "reward_config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,160 @@
+"""Completions from a policy: an own decode loop (the default) or Hugging Face `generate`, one config key apart.
+
+Always at temperature 1 over the full vocabulary, so that log-probs are those of the distribution that was sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from rlhf_fdiv.sequences import Sequences, pad, token_log_probs
+
+
+@dataclass
+class Rollout:
+    """K completions for each of P prompts, in consecutive rows: B = P × K."""
+
+    sequences: Sequences
+    log_probs: Tensor  # [B, T], of the very softmax that was sampled
+    entropy: Tensor  # [B, T], of the same softmax, in nats
+    prompts: list[int]  # [P], row numbers of the prompt data
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        rows = [ids[keep.bool()] for ids, keep in zip(self.sequences.completion_ids, self.sequences.mask, strict=True)]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def finished(self, eos_token_id: int) -> Tensor:
+        """[B], whether the completion ended by itself."""
+        return ((self.sequences.completion_ids == eos_token_id) & self.sequences.mask.bool()).any(1)
+
+
+def uniforms(seed: int, step: int, rows: int, length: int) -> Tensor:
+    """The random stream of every completion of one step, [rows, length] in float64.
+
+    By global row, hence the same on any number of processes, for any policy (paired comparisons) and after a resume.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    return torch.rand(rows, length, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def sample(
+    lm: nn.Module, tokenizer: Any, prompts: list[list[int]], num_generations: int, noise: Tensor, engine: str = "cached"
+) -> tuple[Sequences, Tensor, Tensor]:
+    """Sequences, log-probs and entropies of `num_generations` completions a prompt; `noise` [B, T] sets T and the draws."""
+    device = next(lm.parameters()).device
+    prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, tokenizer.pad_token_id, "left"))
+    if engine == "generate":
+        return _hf_generate(lm, tokenizer, prompt_ids, prompt_mask, num_generations, noise)
+    tokens, log_probs, entropy = _decode(
+        lm, prompt_ids, prompt_mask, num_generations, noise.to(device), tokenizer.eos_token_id
+    )
+    mask = _until_eos(tokens, tokenizer.eos_token_id)
+    sequences = Sequences(
+        prompt_ids.repeat_interleave(num_generations, 0),
+        prompt_mask.repeat_interleave(num_generations, 0),
+        tokens,
+        mask,
+    )
+    return sequences, log_probs * mask, entropy * mask
+
+
+def _decode(
+    lm: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor, eos: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each prompt is read once and its cache expanded; completions that have ended leave the batch."""
+    cache = DynamicCache(config=lm.config)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    out = lm(
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(num_generations)
+    logits = out.logits[:, -1].repeat_interleave(num_generations, 0)
+    attention = prompt_mask.repeat_interleave(num_generations, 0)
+    position = positions[:, -1:].repeat_interleave(num_generations, 0)
+
+    rows, length = noise.shape
+    tokens = torch.full((rows, length), eos, device=noise.device)
+    log_probs, entropy = torch.zeros(2, rows, length, device=noise.device)
+    alive = torch.arange(rows, device=noise.device)
+    for t in range(length):
+        token, log_prob, spread = _inverse_cdf(logits, noise[alive, t])
+        tokens[alive, t], log_probs[alive, t], entropy[alive, t] = token, log_prob, spread
+        going = (token != eos).nonzero().squeeze(1)
+        if t + 1 == length or not len(going):
+            return tokens[:, : t + 1], log_probs[:, : t + 1], entropy[:, : t + 1]
+        if len(going) < len(alive):
+            cache.batch_select_indices(going)
+            alive, token, attention, position = alive[going], token[going], attention[going], position[going]
+        attention = torch.cat([attention, torch.ones_like(token[:, None])], 1)
+        position = position + 1
+        out = lm(
+            input_ids=token[:, None],
+            attention_mask=attention,
+            position_ids=position,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        logits = out.logits[:, -1]
+    raise AssertionError("unreachable: the loop returns at its last step")
+
+
+def _inverse_cdf(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens with P(token) = softmax(logits) from u ~ U[0, 1), their log-probs and the entropies, [B] each.
+
+    u and the cumulative sum are in float64: in float32 the tail of a 50k vocabulary would be sampled wrongly.
+    """
+    log_p = torch.log_softmax(logits.float(), -1)
+    p = log_p.exp()
+    cumulative = p.double().cumsum(-1)
+    token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(1), log_p.gather(1, token).squeeze(1), -(p * log_p.clamp(min=-1e4)).sum(-1)
+
+
+def _until_eos(tokens: Tensor, eos: int) -> Tensor:
+    """1 up to and including the first EOS, [B, T]."""
+    ended_before = (tokens == eos).long().cumsum(1) - (tokens == eos).long()
+    return (ended_before == 0).long()
+
+
+def _hf_generate(
+    lm: Any, tokenizer: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor
+) -> tuple[Sequences, Tensor, Tensor]:
+    """The same distribution from `generate`; its sampler is seeded from the noise, so it repeats too."""
+    with torch.random.fork_rng(devices=[prompt_ids.device] if prompt_ids.is_cuda else []):
+        torch.manual_seed(int(noise[0, 0] * 2**62))
+        out = lm.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            num_return_sequences=num_generations,
+            max_new_tokens=noise.shape[1],
+            do_sample=True,
+            top_k=0,  # transformers 5 truncates to 50 tokens unless told not to
+            top_p=1.0,
+            temperature=1.0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens = out.sequences[:, prompt_ids.shape[1] :]
+    mask = _until_eos(tokens, tokenizer.eos_token_id)
+    logits = torch.stack(out.logits, 1).float()
+    log_p = torch.log_softmax(logits, -1)
+    entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
+    sequences = Sequences(
+        prompt_ids.repeat_interleave(num_generations, 0),
+        prompt_mask.repeat_interleave(num_generations, 0),
+        tokens,
+        mask,
+    )
+    return sequences, token_log_probs(logits, tokens, mask), entropy * mask

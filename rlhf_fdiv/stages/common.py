@@ -1,0 +1,100 @@
+"""What the stages share: finding what an earlier stage made, and starting one stage from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from typing import Any
+
+import torch
+
+from rlhf_fdiv import config as configs
+from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.rewards import RewardModel
+from rlhf_fdiv.tracking import RunFolder, is_finished
+
+
+def run_stage(name: str) -> None:
+    """`python -m rlhf_fdiv.stages.<name> CONFIG [a.b=value …]`, the form that `accelerate launch -m` takes."""
+    try:
+        if len(sys.argv) < 2:
+            raise UserError(f"usage: python -m rlhf_fdiv.stages.{name} CONFIG [a.b=value …]")
+        execute(configs.load(sys.argv[1], [*sys.argv[2:], f"stages=[{name}]"]), [name])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def execute(config: RunConfig, stages: list[str]) -> RunFolder:
+    """Runs the stages in order; a finished one is skipped, an interrupted one goes on from its last checkpoint."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    folder = RunFolder(config)
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process:
+        folder.prepare()
+    for name in stages:
+        if is_finished(folder.stage(name)):
+            print(f"{name}: finished before, skipped")
+        elif config.reuse and folder.find(name):
+            print(f"{name}: taken from {config.reuse}")
+        else:
+            print(f"{name}: into {folder.stage(name)}", flush=True)
+            with folder.running(name) as out:
+                importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
+    return folder
+
+
+def starting_model(config: RunConfig, folder: RunFolder) -> str:
+    """The model that the policy starts from and is held to: `policy.model`, the run's SFT model, or `model`."""
+    if config.policy.model is not None:
+        return config.policy.model
+    made = folder.find("sft") if "sft" in config.stages or config.reuse or folder.stage("sft").exists() else None
+    if made is not None:
+        return str(made / "model")
+    if folder.stage("sft").exists() or "sft" in config.stages:
+        raise UserError(f"{folder.stage('sft')}: the sft stage is not finished; run it first, or set policy.model")
+    return config.model.name_or_path
+
+
+def resolve_scorers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    """The config's scorers, with the run's own reward model where a path is left open."""
+    resolved = {}
+    for name, spec in config.scorers.items():
+        if isinstance(spec, RewardModel) and spec.path is None:
+            made = folder.find("reward")
+            if made is None:
+                raise UserError(
+                    f"scorers.{name}: no finished reward stage in {folder.path}; run it, or give scorers.{name}.path"
+                )
+            spec = dataclasses.replace(spec, path=str(made / "model"))
+        resolved[name] = spec
+    return resolved
+
+
+def trainer_arguments(cls: Any, stage: str, options: Any, config: RunConfig, out: Any, **fixed: Any) -> Any:
+    """TRL's own config object from a section, with `training_args` for the fields the section does not name.
+
+    Raises UserError, naming the key, before any model is loaded.
+    """
+    known = {x.name for x in dataclasses.fields(cls)}
+    if unknown := [k for k in options.training_args if k not in known]:
+        raise UserError(*(f"{stage}.training_args.{k}: unknown key{did_you_mean(k, known)}" for k in unknown))
+    shared = {k: v for k, v in dataclasses.asdict(options).items() if k in known}
+    save = {"save_strategy": "steps" if getattr(options, "save_steps", 0) else "no"}
+    if not shared.get("save_steps"):
+        shared.pop("save_steps", None)
+    on_cpu = {"use_cpu": not torch.cuda.is_available()}
+    quiet = {
+        "report_to": "none",
+        "logging_steps": 5,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": None,
+    }
+    values = {**quiet, **save, **on_cpu, **shared, **fixed, **options.training_args}
+    try:
+        return cls(output_dir=str(out), seed=config.seed, **values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{stage}.training_args: {error}") from error

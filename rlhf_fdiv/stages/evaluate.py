@@ -1,0 +1,164 @@
+"""Before and after on held-out prompts: rewards, divergences with intervals, diversity, perplexity, samples, a report.
+
+accelerate launch -m rlhf_fdiv.stages.evaluate CONFIG [a.b=value …]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from rlhf_fdiv import divergences, metrics, targets
+from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, read_rows, tokenize_prompts
+from rlhf_fdiv.divergences import clustered_error
+from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
+from rlhf_fdiv.report import write_report
+from rlhf_fdiv.rewards import Scorers
+from rlhf_fdiv.rollout import Rollout, sample, uniforms
+from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
+from rlhf_fdiv.tracking import RunFolder, write_atomically
+
+
+def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
+    """Writes `metrics.json`, `samples.parquet`, figures and the run's `report.md`; one process does all of it."""
+    state = PartialState()
+    if not state.is_main_process:
+        return
+    options, device = config.evaluate, state.device
+
+    # load
+    start = starting_model(config, folder)
+    policy_folder = folder.find("policy")
+    if policy_folder is None:
+        raise UserError(f"{folder.path}: the policy stage is not finished; run it before evaluate")
+    source = str(config.data.prompts_eval)
+    rows = read_rows(source, PROMPTS, options.num_prompts)
+    tokenizer = load_tokenizer(start)
+    length = config.policy.max_completion_length
+    ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - length)
+    scorers = Scorers(resolve_scorers(config, folder), device)
+    models = {
+        "sft": load_causal_lm(start, config.model).to(device),
+        "policy": load_causal_lm(str(policy_folder / "model"), config.model).to(device),
+    }
+    target = solved_target(config, policy_folder)
+
+    # the same prompts and random streams for both
+    k, groups = options.num_generations, torch.arange(len(rows)).repeat_interleave(options.num_generations)
+    noise = uniforms(config.seed + 1, 0, len(rows) * k, length)
+    texts: dict[str, list[str]] = {}
+    scores: dict[str, dict[str, Tensor]] = {}
+    logs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    report: dict[str, Any] = {}
+    repeated = [row for row in rows for _ in range(k)]
+    for name, lm in models.items():
+        drawn = draw(lm, tokenizer, ids, k, noise, options.batch_size)
+        texts[name] = [t for d in drawn for t in d.texts(tokenizer)]
+        scores[name] = scorers(scorers.names, [r["prompt"] for r in repeated], texts[name])
+        parts = [metrics.score_both(models["policy"], models["sft"], d.sequences, options.batch_size) for d in drawn]
+        logs[name] = tuple(torch.cat(x) for x in zip(*parts, strict=True))  # type: ignore[assignment]
+        report[name] = describe(texts[name], scores[name], drawn, repeated, config, groups)
+        report[name] |= held_out_perplexity(config, lm, tokenizer)
+
+    # divergences and the objective
+    potential = {name: target.potential(scores[name]).double().cpu() for name in models}
+    log_pi, log_a, kl = logs["policy"]
+    fs = [divergences.get(spec) for spec in options.divergences]
+    log_z = log_partition(logs, potential, k)
+    log_p = log_a + potential["policy"] - log_z.log_z.repeat_interleave(k)
+    report["divergence_to_reference"] = metrics.measure_all(fs, log_pi, log_a, groups)
+    report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_p, groups, log_z.bias)
+    report["log_z"] = {"mean": float(log_z.log_z.mean()), "ess": log_z.ess, "samples": 2 * k, "bias": log_z.bias}
+    report["policy"] |= {"kl_reference": float(kl.mean()), "kl_reference_se": clustered_error(kl, groups)}
+    report["sft"] |= {"kl_reference": 0.0, "kl_reference_se": 0.0}
+    report["beta"] = config.beta
+    for name in models:
+        report[name]["objective"] = config.beta * (float(potential[name].mean()) - report[name]["kl_reference"])
+    gain = config.beta * (potential["policy"] - potential["sft"] - kl)
+    report["paired"] = {"objective_gain": float(gain.mean()), "objective_gain_se": clustered_error(gain, groups)}
+    for name in scorers.names:
+        report["paired"][f"{name}_gain"], report["paired"][f"{name}_gain_se"] = metrics.paired_difference(
+            scores["policy"][name].cpu(), scores["sft"][name].cpu(), groups
+        )
+
+    # write
+    table = pd.DataFrame({"prompt": [r["prompt"] for r in repeated]})
+    for name in models:
+        table[name] = texts[name]
+        for scorer, values in scores[name].items():
+            table[f"{name}_{scorer}"] = values.cpu().tolist()
+    table.to_parquet(out / "samples.parquet")
+    write_atomically(out / "metrics.json", json.dumps(finite(report), indent=2, ensure_ascii=False))
+    write_report(config, folder.path, out, finite(report), table)
+
+
+def draw(lm: Any, tokenizer: Any, ids: list[list[int]], k: int, noise: Tensor, batch_size: int) -> list[Rollout]:
+    """K completions a prompt, in batches of whole prompts."""
+    width = max(1, batch_size // k)
+    batches = []
+    for i in range(0, len(ids), width):
+        part = ids[i : i + width]
+        prompts = list(range(i, i + len(part)))
+        batches.append(Rollout(*sample(lm, tokenizer, part, k, noise[i * k : (i + len(part)) * k]), prompts))
+    return batches
+
+
+def describe(
+    texts: list[str], scores: dict[str, Tensor], drawn: list[Rollout], rows: Rows, config: RunConfig, groups: Tensor
+) -> dict[str, Any]:
+    """The figures of one model's samples alone."""
+    figures: dict[str, Any] = {}
+    for name, values in scores.items():
+        figures[name], figures[f"{name}_se"] = float(values.mean()), clustered_error(values.cpu(), groups)
+    tokens = sum(float(d.sequences.mask.sum()) for d in drawn)
+    figures["entropy"] = sum(float(d.entropy.sum()) for d in drawn) / tokens
+    figures["length"] = tokens / len(texts)
+    figures |= {f"distinct_{n}": metrics.distinct_n(texts, n) for n in (1, 2, 3)}
+    figures["self_bleu"] = metrics.self_bleu(texts)
+    if all(isinstance(row.get("references"), list) and row["references"] for row in rows):
+        figures |= metrics.likeness(texts, [row["references"] for row in rows])
+    return figures
+
+
+def held_out_perplexity(config: RunConfig, lm: Any, tokenizer: Any) -> dict[str, float]:
+    if config.data.sft_eval is None or not config.evaluate.perplexity_rows:
+        return {}
+    rows = read_rows(config.data.sft_eval, COMPLETIONS, config.evaluate.perplexity_rows)
+    return metrics.perplexity(lm, tokenizer, rows, config.evaluate.batch_size)
+
+
+def log_partition(
+    logs: dict[str, tuple[Tensor, Tensor, Tensor]], potential: dict[str, Tensor], k: int
+) -> metrics.Measured:
+    """log Ẑ(x) from the reference's and the policy's samples of each prompt together."""
+    both = [torch.cat([logs[n][i].view(-1, k) for n in ("sft", "policy")], 1) for i in (0, 1)]
+    tilt = torch.cat([potential[n].view(-1, k) for n in ("sft", "policy")], 1)
+    return metrics.log_partition_of(both[1] + tilt, both[0], both[1])
+
+
+def solved_target(config: RunConfig, policy_folder: Path) -> Any:
+    """The config's target, with the λ that the policy stage solved."""
+    if targets.unsolved(config.target) is None:
+        return config.target
+    solution = json.loads((policy_folder / "target.json").read_text(encoding="utf-8"))
+    return targets.with_lambdas(config.target, solution["lambdas"])
+
+
+def finite(value: Any) -> Any:
+    """JSON has neither nan nor inf: both become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    run_stage("evaluate")

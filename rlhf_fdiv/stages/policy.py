@@ -1,0 +1,233 @@
+"""On-policy alignment: prompts → rollout → score → log Z → pseudo-reward → advantage → update → log.
+
+    accelerate launch -m rlhf_fdiv.stages.policy CONFIG [a.b=value …]
+
+Divergence, objective, target and estimator come from the config; nothing below depends on which they are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from transformers import get_scheduler
+
+from rlhf_fdiv import targets
+from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.data import PROMPTS, read_rows, tokenize_prompts
+from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.models import Policy, Reference, context_length, load_policy, load_tokenizer, save_policy
+from rlhf_fdiv.objectives import token_rewards
+from rlhf_fdiv.rewards import Scorers
+from rlhf_fdiv.rollout import Rollout, sample, uniforms
+from rlhf_fdiv.sequences import sequence_sum
+from rlhf_fdiv.stages import policy_checkpoint as checkpoints
+from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
+from rlhf_fdiv.stages.policy_log import Log
+from rlhf_fdiv.stages.policy_update import update
+from rlhf_fdiv.targets import LogPartition
+from rlhf_fdiv.tracking import RunFolder, write_atomically
+
+
+def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
+    """Trains the policy and writes `model/`, `metrics.jsonl`, completions and checkpoints into `out`."""
+    options, f, objective, estimator = config.policy, config.f, config.objective, config.estimator
+
+    # load
+    start = starting_model(config, folder)
+    accelerator = Accelerator(step_scheduler_with_optimizer=False)
+    if options.num_prompts % accelerator.num_processes:
+        raise UserError(
+            f"policy.num_prompts: {options.num_prompts} must be a multiple of {accelerator.num_processes} processes"
+        )
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(start)
+    source = str(config.data.prompts_train)
+    rows = read_rows(source, PROMPTS)
+    prompt_ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - options.max_completion_length)
+    policy, reference = load_policy(start, config.model, estimator.value_head)
+    optimizer = torch.optim.AdamW(
+        (p for p in policy.parameters() if p.requires_grad), lr=options.learning_rate, weight_decay=options.weight_decay
+    )
+    scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, options.max_steps)
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    reference.to(accelerator.device)
+    scorers = Scorers(resolve_scorers(config, folder), accelerator.device)
+    log_partition = LogPartition()
+
+    def rollout(
+        step: int, prompts: list[int], num_generations: int, lm: torch.nn.Module
+    ) -> tuple[Rollout, dict[str, Any]]:
+        """This process's share of a step's completions, with their texts."""
+        share = len(prompts) // accelerator.num_processes
+        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        noise = uniforms(config.seed, step, len(prompts) * num_generations, options.max_completion_length)
+        noise = noise.view(len(prompts), num_generations, -1)[mine].flatten(0, 1)
+        ids = [prompt_ids[i] for i in prompts[mine]]
+        drawn = Rollout(*sample(lm, tokenizer, ids, num_generations, noise, options.engine), prompts[mine])
+        repeated = [rows[i] for i in drawn.prompts for _ in range(num_generations)]
+        columns = {k: [row[k] for row in repeated] for k in rows[0] if k != "prompt" and all(k in r for r in repeated)}
+        texts = {"prompts": [r["prompt"] for r in repeated], "completions": drawn.texts(tokenizer)}
+        return drawn, texts | columns
+
+    target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
+    step = checkpoints.restore(out, accelerator, wrapped, optimizer, scheduler, log_partition)
+    log = Log(config, out, step, accelerator.is_main_process)
+    if step == 0:
+        self_check(
+            policy, reference, rollout(0, prompt_order(config.seed, 0, options.num_prompts, len(rows)), 1, policy.lm)[0]
+        )
+
+    while step < options.max_steps:
+        began = time.perf_counter()
+        step += 1
+        prompts = prompt_order(config.seed, step, options.num_prompts, len(rows))
+
+        # roll out
+        batch, texts = rollout(step, prompts, options.num_generations, policy.lm)
+        mask = batch.sequences.mask
+
+        # score
+        with log.keeping(step, texts):
+            scores = scorers(list(target.scorers), **texts)
+            potential = target.potential(scores).to(accelerator.device)
+        log_a = reference.log_probs(batch.sequences)
+        log_pi = batch.log_probs
+
+        # log Z, the same on every process
+        log_weights = sequence_sum(log_a - log_pi, mask) + potential
+        log_z = share_log_z(accelerator, log_partition, batch.prompts, log_weights.view(-1, options.num_generations))
+        log_z = log_z.repeat_interleave(options.num_generations)
+
+        # pseudo-reward and update
+        rewards = token_rewards(objective, f, log_pi, log_a, mask, potential, log_z)
+        figures = update(
+            accelerator, wrapped, optimizer, estimator, batch, rewards, options, config.seed * 1_000_003 + step, log
+        )
+        scheduler.step()
+
+        # log
+        log.step(step, batch, texts, scores, potential, log_a, log_z, figures, time.perf_counter() - began, accelerator)
+        if step % options.save_steps == 0 or step == options.max_steps:
+            log.flush_completions(step)
+            checkpoints.save(
+                out, step, accelerator, wrapped, optimizer, scheduler, log_partition, options.save_total_limit
+            )
+
+    log.close()
+    if accelerator.is_main_process:
+        save_policy(policy, tokenizer, out)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def prompt_order(seed: int, step: int, count: int, total: int) -> list[int]:
+    """The rows of one step: a new permutation each epoch, as a function of the step alone, so that a resume needs no state.
+
+    Step 0 is the self-check's.
+    """
+    first = max(step - 1, 0) * count
+    rows: list[int] = []
+    for position in range(first, first + count):
+        epoch, place = divmod(position, total)
+        generator = torch.Generator().manual_seed(seed * 7919 + epoch)
+        rows.append(int(torch.randperm(total, generator=generator)[place]))
+    return rows
+
+
+def solve_target(
+    config: RunConfig,
+    out: Path,
+    accelerator: Accelerator,
+    reference: Reference,
+    rollout: Any,
+    scorers: Scorers,
+    log_partition: LogPartition,
+    num_rows: int,
+) -> Any:
+    """λ of moment constraints and a warm start of log Z, from samples of the reference; kept in target.json for a resume."""
+    target, kept = config.target, out / "target.json"
+    moments = targets.unsolved(target)
+    if moments is not None and kept.is_file():
+        return targets.with_lambdas(target, json.loads(kept.read_text(encoding="utf-8"))["lambdas"])
+    num_generations = moments.num_generations if moments else config.policy.warm_start_generations
+    if not num_generations:
+        return target
+    count = (
+        min(moments.num_prompts if moments else num_rows, num_rows)
+        // accelerator.num_processes
+        * accelerator.num_processes
+    )
+    scores: dict[str, list[Tensor]] = {name: [] for name in target.scorers}
+    prompts = prompt_order(config.seed + 1, 1, count, num_rows)
+    width = max(config.policy.num_prompts, accelerator.num_processes)
+    for i in range(0, count, width):
+        with reference.lm() as lm:
+            _, texts = rollout(-1 - i, prompts[i : i + width], num_generations, lm)
+        for name, values in scorers(list(target.scorers), **texts).items():
+            scores[name].append(accelerator.gather(values).view(-1, num_generations))
+    table = {name: torch.cat(parts).cpu() for name, parts in scores.items()}
+    try:
+        target, solution = targets.solve(target, table)
+    except ValueError as error:
+        raise UserError(f"target: {error}") from error
+    log_partition.update(prompts, target.potential(table))
+    if solution is not None and accelerator.is_main_process:
+        names = list(moments.moments)  # type: ignore[union-attr]
+        moments_of = {
+            k: dict(zip(names, getattr(solution, k).tolist(), strict=True)) for k in ("lambdas", "reference", "reached")
+        }
+        figures = {"ess": solution.ess, "samples": count * num_generations, "residual": solution.residual}
+        write_atomically(kept, json.dumps({**moments_of, **figures}, indent=2))
+        accelerator.print(
+            f"λ {moments_of['lambdas']} takes {moments_of['reference']} to {moments_of['reached']}; {figures}"
+        )
+        if solution.ess < 50 * len(names):
+            accelerator.print(
+                f"warning: only {solution.ess:.0f} effective samples for {len(names)} moments; "
+                f"about {count * num_generations * 50 * len(names) / solution.ess:.0f} samples would give 50 each"
+            )
+    return target
+
+
+def share_log_z(
+    accelerator: Accelerator, log_partition: LogPartition, prompts: list[int], log_weights: Tensor
+) -> Tensor:
+    """Updates log Ẑ(x) with every process's prompts and returns this process's, [P]; log_weights [P, K]."""
+    everyone = accelerator.gather(log_weights.contiguous())
+    log_z = log_partition.update(gather_object(prompts), everyone)
+    first = accelerator.process_index * len(prompts)
+    return log_z[first : first + len(prompts)]
+
+
+@torch.no_grad()
+def self_check(policy: Policy, reference: Reference, batch: Rollout) -> None:
+    """Before the first update the policy is its reference: ratio 1 and D(π‖a) = 0, through the real path.
+
+    Raises UserError with the likely cause. Rollout and scoring round differently, so their bound depends on the dtype.
+    """
+    mask = batch.sequences.mask
+    scored = policy(batch.sequences).log_probs
+    against_reference = float((scored - reference.log_probs(batch.sequences)).abs().max())
+    if not against_reference <= 1e-4:
+        raise UserError(
+            f"self-check: policy and reference differ by {against_reference:.3g} nats a token before the first update. "
+            "Is dropout on, or is the model itself an unmerged adapter?"
+        )
+    error = float(((scored - batch.log_probs).abs() * mask).sum() / mask.sum())
+    bound = 0.1 if next(policy.lm.parameters()).dtype == torch.bfloat16 else 1e-3
+    if not error <= bound:
+        raise UserError(
+            f"self-check: rollout and a fresh forward differ by {error:.3g} nats a token (bound {bound:g}). "
+            "Likely causes: positions under left padding, a truncated sampler, another dtype in the rollout, dropout"
+        )
+
+
+if __name__ == "__main__":
+    run_stage("policy")

@@ -1,0 +1,84 @@
+"""Supervised fine-tuning by TRL, with its loss from the divergence module.
+
+accelerate launch -m rlhf_fdiv.stages.sft CONFIG [a.b=value …]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_fdiv import divergences
+from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.data import COMPLETIONS, read_rows
+from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
+from rlhf_fdiv.objectives import next_token_divergence
+from rlhf_fdiv.stages.common import run_stage, trainer_arguments
+from rlhf_fdiv.tracking import Metrics, RunFolder, newest_checkpoint
+
+
+class DivergenceSFTTrainer(SFTTrainer):
+    """SFTTrainer whose loss by token is D_f(π ‖ δ_y); forward KL is its ordinary cross-entropy."""
+
+    divergence: divergences.Divergence
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's head: log-probs without the whole logits
+        loss = (next_token_divergence(self.divergence, outputs.log_probs) * outputs.label_mask).sum()
+        loss = loss / (outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # the count is that of all processes, whose gradients DDP averages
+        return (loss, outputs) if return_outputs else loss
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes what a TRL trainer logs into the run folder's metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            self.metrics.log(state.global_step, {k: float(v) for k, v in logs.items() if isinstance(v, int | float)})
+
+
+def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
+    """Trains on prompt/completion rows, loss on the completion, and writes `model/` into `out`."""
+    options, source = config.sft, str(config.data.sft_train)
+    rows = read_rows(source, COMPLETIONS)
+    name = config.model.name_or_path
+    tokenizer = load_tokenizer(name)
+    args = trainer_arguments(
+        SFTConfig,
+        "sft",
+        options,
+        config,
+        out,
+        max_length=min(options.max_length, context_length(name)),
+        completion_only_loss=True,
+    )
+    model = load_causal_lm(name, config.model)
+    data = Dataset.from_list([{k: row[k] for k in COMPLETIONS} for row in rows])
+    trainer = DivergenceSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)  # type: ignore[arg-type]
+    trainer.divergence = divergences.get(options.divergence)
+    checkpoint = newest_checkpoint(out)
+    metrics = Metrics(out, config.report_to, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    trainer.add_callback(MetricsCallback(metrics))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics.close()
+    trainer.save_model(str(out / "model"))
+    tokenizer.save_pretrained(out / "model")
+
+
+if __name__ == "__main__":
+    run_stage("sft")
+    torch.distributed.is_initialized() and torch.distributed.destroy_process_group()

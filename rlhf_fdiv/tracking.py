@@ -1,0 +1,172 @@
+"""The run folder: what was asked, what ran, what came out. A finished stage is never run again and never overwritten."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_fdiv.config import RunConfig, differences, dump, to_dict
+from rlhf_fdiv.data import file_hash
+from rlhf_fdiv.errors import UserError
+
+_FREE_KEYS = ("stages", "resume", "report_to", "output_dir")  # may change between two calls of one run
+_SECTION_OF = {
+    "sft": ("model", "data", "sft", "seed"),
+    "reward": ("model", "data", "reward", "seed"),
+}
+
+
+class RunFolder:
+    """`<output_dir>/<name>/`: resolved_config.yaml, manifest.json and a folder for each stage."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = config.folder
+
+    def prepare(self) -> None:
+        """Checks an earlier run of this name and writes resolved_config.yaml.
+
+        Raises UserError where the config has changed and `resume` does not say from which stage to run again.
+        """
+        written = self.path / "resolved_config.yaml"
+        if written.is_file():
+            old = yaml.safe_load(written.read_text(encoding="utf-8"))
+            changed = differences(old, to_dict(self.config), ignore=_FREE_KEYS)
+            if changed and self.config.resume is None:
+                raise UserError(
+                    f"{self.path}: holds a run with another config ({'; '.join(changed)}). Give it a new name=…, "
+                    "or resume=STAGE to run again from that stage on; what is there is kept aside"
+                )
+            if self.config.resume is not None:
+                self._set_aside_from(self.config.resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(written, dump(self.config))
+
+    def _set_aside_from(self, stage: str) -> None:
+        order = ["sft", "reward", "policy", "evaluate"]
+        for name in order[order.index(stage) :]:
+            if (self.path / name).exists():
+                n = next(i for i in range(1, 10**6) if not (self.path / f"{name}.before-{i}").exists())
+                (self.path / name).rename(self.path / f"{name}.before-{n}")
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    def find(self, stage: str) -> Path | None:
+        """The folder of a finished stage: of this run, or of the run that `reuse` names."""
+        if is_finished(self.stage(stage)):
+            return self.stage(stage)
+        if self.config.reuse is None or stage not in _SECTION_OF:
+            return None
+        other = Path(self.config.reuse)
+        if not is_finished(other / stage):
+            raise UserError(f"reuse: {other / stage} is not a finished stage")
+        theirs = yaml.safe_load((other / "resolved_config.yaml").read_text(encoding="utf-8"))
+        mine = to_dict(self.config)
+        keys = _SECTION_OF[stage]
+        if changed := differences({k: theirs.get(k) for k in keys}, {k: mine[k] for k in keys}):
+            raise UserError(f"reuse: the {stage} stage of {other} was made with another config ({'; '.join(changed)})")
+        return other / stage
+
+    @contextlib.contextmanager
+    def running(self, name: str) -> Iterator[Path]:
+        """Times a stage and marks it finished in the manifest; an exception leaves it unfinished."""
+        folder = self.stage(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.time()
+        yield folder
+        write_atomically(folder / "finished.json", json.dumps({"seconds": round(time.time() - start, 2)}))
+        self._note(name, round(time.time() - start, 2))
+
+    def _note(self, stage: str, seconds: float) -> None:
+        path = self.path / "manifest.json"
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        data = {k: v for k, v in to_dict(self.config)["data"].items() if v}
+        manifest.update(environment(), name=self.config.name, seed=self.config.seed)
+        manifest["data_sha256"] = {k: file_hash(v) for k, v in data.items()}
+        manifest.setdefault("wall_seconds", {})[stage] = seconds
+        write_atomically(path, json.dumps(manifest, indent=2))
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "finished.json").is_file()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and git commit."""
+    packages = ("rlhf_fdiv", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
+        "git_commit": commit.stdout.strip() or None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class Metrics:
+    """metrics.jsonl, and TensorBoard beside it, under the same names."""
+
+    def __init__(self, folder: Path, report_to: str, resume_step: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._drop_after(resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = None
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+
+    def _drop_after(self, step: int) -> None:
+        """Rows after the checkpoint that a run resumes from will be written again."""
+        if self.path.is_file():
+            kept = [
+                line for line in self.path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step
+            ]
+            write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **{k: _round(v) for k, v in values.items()}}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _round(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete `checkpoint-N`; a checkpoint is written aside and renamed, so a half one has another name."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    found = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    for old in found[: max(len(found) - keep, 0)]:
+        shutil.rmtree(old)
