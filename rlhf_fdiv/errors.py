@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake in a config, a data file or the state of a run folder; `problems` are whole sentences, all at once."""
 
     def __init__(self, *problems: str) -> None:

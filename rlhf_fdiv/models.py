@@ -30,9 +30,17 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
+def base_of(path: str) -> str:
+    """The model folder under any adapters; `path` itself where it is no adapter."""
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.is_file():
+        return path
+    return base_of(resolve_model(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]))
+
+
 def context_length(name_or_path: str) -> int:
     """How many tokens a model can read, from its config alone."""
-    config = AutoConfig.from_pretrained(resolve_model(name_or_path))
+    config = AutoConfig.from_pretrained(base_of(resolve_model(name_or_path)))
     if config.is_encoder_decoder:
         raise ValueError(f"model {name_or_path} is an encoder–decoder; only decoder-only (causal) models are supported")
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
@@ -49,8 +57,9 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         from peft import PeftModel
 
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(base), **kwargs)
-        return PeftModel.from_pretrained(model, path).merge_and_unload().eval()
+        merged: Any = PeftModel.from_pretrained(load_causal_lm(base, options), path).merge_and_unload().eval()
+        merged.name_or_path = path  # which an adapter trained on it names as its base
+        return merged
     return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
 
 
@@ -143,6 +152,7 @@ def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     lm: Any = policy.lm
     if hasattr(lm, "merge_and_unload"):
         lm.save_pretrained(folder / "adapter")
+        tokenizer.save_pretrained(folder / "adapter")
         lm = copy.deepcopy(lm).merge_and_unload()
     lm.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

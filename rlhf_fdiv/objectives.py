@@ -23,6 +23,11 @@ from rlhf_fdiv.divergences import Divergence, exact, label
 from rlhf_fdiv.sequences import at_last_token, sequence_sum
 
 
+def log_target(log_a: Tensor, potential: Tensor, log_z: Tensor) -> Tensor:
+    """log p = log a + potential − log Z, −inf where the target is zero, also for a prompt whose Ẑ is still zero."""
+    return torch.where(potential == -math.inf, -math.inf, log_a + potential - log_z)
+
+
 @dataclass(frozen=True)
 class Match:
     """min D_f(π‖p) for a fixed target p."""
@@ -31,8 +36,7 @@ class Match:
 
     def pseudo_reward(self, f: Divergence, log_pi: Tensor, log_a: Tensor, potential: Tensor, log_z: Tensor) -> Tensor:
         """−f'(log π − log p), [B] each; where p = 0 it is −f'(∞), which `conflicts` requires to be finite."""
-        log_p = torch.where(potential == -math.inf, -math.inf, log_a + potential - log_z)
-        return -f.f_prime(log_pi - log_p)
+        return -f.f_prime(log_pi - log_target(log_a, potential, log_z))
 
     def conflicts(self, f: Divergence, target_has_zeros: bool) -> str | None:
         if target_has_zeros and math.isinf(f.f_prime_at_infinity):
@@ -71,8 +75,8 @@ class Prefer:
     name: ClassVar[str] = "prefer"
 
     def conflicts(self, f: Divergence, target_has_zeros: bool = False) -> str | None:
-        slope_at_zero = float(f.f_prime(torch.tensor(-700.0, dtype=torch.float64)))
-        if slope_at_zero > -600:
+        slope_at_zero = float(f.f_prime(torch.tensor(-math.inf, dtype=torch.float64)))
+        if slope_at_zero != -math.inf:
             return (
                 f"{label(f)} cannot be used by prefer: f'(0⁺) = {slope_at_zero:.3g}, and f-DPO is valid only where it is "
                 "−∞ (forward_kl, reverse_kl, js, jeffreys, alpha ≤ 1, chi_mix — the repaired Pearson)"

@@ -17,7 +17,6 @@ from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import load_tokenizer
 from rlhf_fdiv.objectives import preference_divergence
-from rlhf_fdiv.rewards import is_reward_folder, read_reward_config
 from rlhf_fdiv.sequences import pad
 
 
@@ -118,6 +117,15 @@ class ClassifierReward:
             batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
             scores += self.model(**batch.to(self.model.device)).logits.squeeze(-1).float().tolist()
         return scores
+
+
+def is_reward_folder(path: str) -> bool:
+    """Whether a folder was made by the reward stage's fast option."""
+    return (Path(path) / "reward_config.json").is_file()
+
+
+def read_reward_config(path: str) -> dict[str, Any]:
+    return json.loads((Path(path) / "reward_config.json").read_text(encoding="utf-8"))
 
 
 def load_reward_model(path: str, device: torch.device) -> HeadReward | ClassifierReward:

@@ -6,13 +6,11 @@ Each scorer's fields are its YAML schema. It maps prompts and completions to fin
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -198,12 +196,3 @@ def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
             seen.add(spec.of)
             spec = specs[spec.of]
     return problems
-
-
-def is_reward_folder(path: str) -> bool:
-    """Whether a folder was made by the reward stage's fast option."""
-    return (Path(path) / "reward_config.json").is_file()
-
-
-def read_reward_config(path: str) -> dict[str, Any]:
-    return json.loads((Path(path) / "reward_config.json").read_text(encoding="utf-8"))

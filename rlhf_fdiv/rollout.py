@@ -5,14 +5,16 @@ Always at temperature 1 over the full vocabulary, so that log-probs are those of
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
-from rlhf_fdiv.sequences import Sequences, pad, token_log_probs
+from rlhf_fdiv.sequences import Sequences, pad, token_log_probs, wide
 
 
 @dataclass
@@ -78,13 +80,13 @@ def _decode(
         logits_to_keep=1,
     )
     cache.batch_repeat_interleave(num_generations)
-    logits = out.logits[:, -1].repeat_interleave(num_generations, 0)
+    logits = wide(out.logits[:, -1].repeat_interleave(num_generations, 0))
     attention = prompt_mask.repeat_interleave(num_generations, 0)
     position = positions[:, -1:].repeat_interleave(num_generations, 0)
 
     rows, length = noise.shape
     tokens = torch.full((rows, length), eos, device=noise.device)
-    log_probs, entropy = torch.zeros(2, rows, length, device=noise.device)
+    log_probs, entropy = torch.zeros(2, rows, length, dtype=logits.dtype, device=noise.device)
     alive = torch.arange(rows, device=noise.device)
     for t in range(length):
         token, log_prob, spread = _inverse_cdf(logits, noise[alive, t])
@@ -104,7 +106,7 @@ def _decode(
             past_key_values=cache,
             logits_to_keep=1,
         )
-        logits = out.logits[:, -1]
+        logits = wide(out.logits[:, -1])
     raise AssertionError("unreachable: the loop returns at its last step")
 
 
@@ -113,7 +115,7 @@ def _inverse_cdf(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     u and the cumulative sum are in float64: in float32 the tail of a 50k vocabulary would be sampled wrongly.
     """
-    log_p = torch.log_softmax(logits.float(), -1)
+    log_p = torch.log_softmax(wide(logits), -1)
     p = log_p.exp()
     cumulative = p.double().cumsum(-1)
     token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
@@ -126,11 +128,22 @@ def _until_eos(tokens: Tensor, eos: int) -> Tensor:
     return (ended_before == 0).long()
 
 
+@contextlib.contextmanager
+def _neutral(lm: Any) -> Iterator[None]:
+    """Without the model's own generation config: its repetition penalty or min_p would shape the samples, unseen."""
+    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
 def _hf_generate(
     lm: Any, tokenizer: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor
 ) -> tuple[Sequences, Tensor, Tensor]:
     """The same distribution from `generate`; its sampler is seeded from the noise, so it repeats too."""
-    with torch.random.fork_rng(devices=[prompt_ids.device] if prompt_ids.is_cuda else []):
+    with _neutral(lm), torch.random.fork_rng(devices=[prompt_ids.device] if prompt_ids.is_cuda else []):
         torch.manual_seed(int(noise[0, 0] * 2**62))
         out = lm.generate(
             input_ids=prompt_ids,

@@ -63,13 +63,18 @@ def pad(rows: list[list[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def wide(logits: Tensor) -> Tensor:
+    """In float32, or wider where they are: the precision of every log-prob."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def token_log_probs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """log π(y_t | x, y_<t) in float32 or wider, zero where masked; logits [B, T, V], tokens and mask [B, T] → [B, T].
 
     cross_entropy fuses log_softmax and gather, in half the memory of doing them one after the other.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return -F.cross_entropy(wide.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens) * mask
+    labels = tokens.masked_fill(mask == 0, -100)  # ignored, even where padding is a token that the model rules out
+    return -F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), reduction="none").view_as(tokens)
 
 
 def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:

@@ -18,6 +18,15 @@ registered = pytest.mark.parametrize("f", FS, ids=lambda f: D.label(f)[:30])
 BOUNDED = [f for f in FS if f.f_prime_at_infinity < INF]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Vectors this short are not worth sharing: on busy cores two threads take several times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def T(*values):
     return torch.tensor(values, dtype=torch.float64)
 

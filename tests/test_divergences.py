@@ -26,6 +26,15 @@ INF, NAN = math.inf, math.nan
 mp.mp.dps = 60
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Vectors this short are not worth sharing: on busy cores two threads take several times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def T(*values, dtype=torch.float64):
     return torch.tensor(values, dtype=dtype)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import EOS, INF, PAD, PROMPTS, TEXTS, everything, every_architecture, language, sequences_of
+from toy import EOS, INF, PAD, PROMPTS, TEXTS, every_architecture, everything, language, sequences_of
 
 from rlhf_fdiv.sequences import Sequences, at_last_token, pad, sequence_sum, token_log_probs
 
@@ -136,3 +136,10 @@ def test_ids_and_masks_of_different_shape_are_refused():
 def test_an_impossible_token_has_log_prob_minus_infinity_not_nan():
     logits = torch.tensor([[[0.0, -INF]]])
     assert token_log_probs(logits, torch.tensor([[1]]), torch.ones(1, 1)).tolist() == [[-INF]]
+
+
+def test_padding_that_the_model_finds_impossible_still_counts_zero_in_value_and_gradient():
+    logits = torch.tensor([[[0.0, 1.0, -INF], [0.0, 1.0, -INF]]], requires_grad=True)  # token 2 pads
+    log_probs = token_log_probs(logits, torch.tensor([[1, 2]]), torch.tensor([[1, 0]]))
+    assert log_probs[0, 1] == 0
+    assert torch.autograd.grad(log_probs.sum(), logits)[0].isfinite().all()

@@ -36,7 +36,8 @@ INF = float("inf")
 every_architecture = ("architecture", ARCHITECTURES)
 
 # every registered f, under each of the parameters that its proofs run with
-FS = [divergences.get(name, **params) for name in divergences.names() for params in divergences.divergence_class(name).examples]  # fmt: skip # noqa: E501
+_CLASSES = [divergences.divergence_class(name) for name in divergences.names()]
+FS = [cls(**params) for cls in _CLASSES for params in cls.examples]
 FINITE = [f for f in FS if f.f_prime_at_infinity < INF]
 
 
@@ -140,7 +141,8 @@ def gradient(loss: Tensor, module: nn.Module) -> Tensor:
     """∇loss over all trainable weights as one vector; the graph is kept."""
     parameters = trainable(module)
     grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)])  # fmt: skip # noqa: E501
+    pairs = zip(parameters, grads, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
 
 
 def label(x: object) -> str:

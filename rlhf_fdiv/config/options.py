@@ -51,8 +51,8 @@ class RewardOptions:
     divergence: Any = "forward_kl"
     label_smoothing: float = 0.0
     max_pairs: int | None = None
-    layers: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])
-    l2: float = 1.0
+    layers: list[float] = field(default_factory=lambda: [0.4, 0.6])
+    l2: float = 1000.0
     batch_size: int = 64
     max_steps: int = -1
     num_train_epochs: float = 1.0

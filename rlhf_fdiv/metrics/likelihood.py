@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fdiv.data import Rows
-from rlhf_fdiv.sequences import Sequences, pad, token_log_probs
+from rlhf_fdiv.sequences import Sequences, pad, token_log_probs, wide
 
 
 def _logits(lm: Any, sequences: Sequences) -> Tensor:
     length = sequences.mask.shape[1]
-    return (
-        lm(**sequences.model_inputs(), logits_to_keep=length + 1, use_cache=False).logits[:, -length - 1 : -1].float()
-    )
+    out = lm(**sequences.model_inputs(), logits_to_keep=length + 1, use_cache=False)
+    return wide(out.logits[:, -length - 1 : -1])
 
 
 @torch.no_grad()

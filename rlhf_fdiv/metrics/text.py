@@ -18,9 +18,11 @@ def self_bleu(texts: list[str], limit: int = 100) -> float:
     from sacrebleu.metrics.bleu import BLEU
 
     texts = texts[:limit]
+    if len(texts) < 2:
+        return 0.0
     bleu = BLEU(effective_order=True)
     scores = [bleu.sentence_score(t, texts[:i] + texts[i + 1 :]).score for i, t in enumerate(texts) if t.strip()]
-    return sum(scores) / len(scores) if len(texts) > 1 and scores else 0.0
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def likeness(texts: list[str], references: list[list[str]]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, read_rows, tokenize_promp
 from rlhf_fdiv.divergences import clustered_error
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
+from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.report import write_report
 from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
@@ -74,7 +75,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     log_pi, log_a, kl = logs["policy"]
     fs = [divergences.get(spec) for spec in options.divergences]
     log_z = log_partition(logs, potential, k)
-    log_p = log_a + potential["policy"] - log_z.log_z.repeat_interleave(k)
+    log_p = log_target(log_a, potential["policy"], log_z.log_z.repeat_interleave(k))
     report["divergence_to_reference"] = metrics.measure_all(fs, log_pi, log_a, groups)
     report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_p, groups, log_z.bias)
     report["log_z"] = {"mean": float(log_z.log_z.mean()), "ess": log_z.ess, "samples": 2 * k, "bias": log_z.bias}

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.targets import effective_sample_size
@@ -83,7 +84,7 @@ class Log:
         whole = accelerator.gather(columns.contiguous())
         log_pi, log_ref, potential, log_z, entropy, lengths, *score_columns = whole.unbind(1)
         groups = torch.arange(len(whole)) // k
-        log_p = log_ref + potential - log_z
+        log_p = log_target(log_ref, potential, log_z)
         measured = divergences.estimate(self.config.f, log_pi, log_p, groups)
         ess = effective_sample_size((log_p - log_pi).view(-1, k))
         kl = float((log_pi - log_ref).mean())

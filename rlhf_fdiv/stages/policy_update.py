@@ -31,7 +31,7 @@ def update(
     mask = batch.sequences.mask
     old_values = None
     old_log_probs: Tensor | None = batch.log_probs
-    rows_a_step = len(mask) // getattr(estimator, "num_minibatches", 1)
+    minibatches = min(getattr(estimator, "num_minibatches", 1), len(mask))
     if estimator.value_head:
         old_log_probs, old_values = _values(policy, batch, options.per_device_train_batch_size)
     elif estimator.num_epochs == 1:
@@ -40,8 +40,8 @@ def update(
     figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(estimator.num_epochs):
-        order = torch.randperm(len(mask), generator=generator) if rows_a_step < len(mask) else torch.arange(len(mask))
-        for rows in order.split(rows_a_step):
+        order = torch.randperm(len(mask), generator=generator) if minibatches > 1 else torch.arange(len(mask))
+        for rows in order.tensor_split(minibatches):
             micro_batches = rows.split(options.per_device_train_batch_size)
             for i, micro in enumerate(micro_batches):
                 sequences = batch.sequences[micro]
@@ -60,7 +60,7 @@ def update(
                     loss = loss.sum() / len(rows)
                     log.require_finite(loss, "loss")
                     accelerator.backward(loss)
-                figures["loss"].append(float(loss) * len(micro_batches))
+                figures["loss"].append(float(loss.detach()) * len(micro_batches))
             norm = accelerator.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
             log.require_finite(norm, "gradient norm")
             figures["grad_norm"].append(float(norm))

@@ -67,7 +67,9 @@ def solve_moments(
     base = torch.zeros_like(phi[..., 0]) if base is None else base.double()
     if not phi.isfinite().all():
         raise ValueError("moments: a feature is nan or infinite")
-    _check_reachable(phi, goal, names)
+    _check_reachable(phi, goal, names, base)
+    plain_phi, centre, scale = phi, phi.mean((0, 1)), phi.std((0, 1))
+    phi, goal = (phi - centre) / scale, (goal - centre) / scale  # so that ridge and tolerance suit every feature
     lambdas = torch.zeros_like(goal)
     for _ in range(200):
         weights = torch.softmax(base + phi @ lambdas, 1)  # [P, K]
@@ -81,16 +83,18 @@ def solve_moments(
         step = torch.linalg.solve(hessian + ridge * torch.eye(len(goal), dtype=phi.dtype), gradient)
         lambdas = _line_search(phi, base, goal, lambdas, step, gradient)
     else:
-        unmet = ", ".join(f"{n} = {g:.3g} (reached {m:.3g})" for n, g, m in zip(names, goal, mean.mean(0), strict=True))
+        reached = (x * scale + centre for x in (goal, mean.mean(0)))
+        unmet = ", ".join(f"{n} = {g:.3g} (reached {m:.3g})" for n, g, m in zip(names, *reached, strict=True))
         raise ValueError(f"moments: no finite λ meets these together: {unmet}. Move the goals nearer to what a samples")
-    log_weights = base + phi @ lambdas
+    lambdas = lambdas / scale
+    log_weights = base + plain_phi @ lambdas
     return MomentSolution(
         lambdas,
-        torch.einsum("pk,pki->i", torch.softmax(base, 1), phi) / len(phi),
-        mean.mean(0),
+        torch.einsum("pk,pki->i", torch.softmax(base, 1), plain_phi) / len(phi),
+        mean.mean(0) * scale + centre,
         torch.logsumexp(log_weights, 1) - math.log(phi.shape[1]),
         float(effective_sample_size(log_weights).sum()),
-        float(gradient.abs().max()),
+        float((gradient * scale).abs().max()),
     )
 
 
@@ -105,9 +109,16 @@ def _line_search(phi: Tensor, base: Tensor, goal: Tensor, lambdas: Tensor, step:
     return lambdas - size * step
 
 
-def _check_reachable(phi: Tensor, goal: Tensor, names: list[str]) -> None:
+def _check_reachable(phi: Tensor, goal: Tensor, names: list[str], base: Tensor) -> None:
+    out = base == -math.inf  # outside the support of what the target is multiplied with
+    if bool(out.all(1).any()):
+        raise ValueError(
+            f"moments: for {int(out.all(1).sum())} of {len(phi)} prompts no sample of the reference lies in the support of "
+            "the rest of the product. Raise num_generations, or give the pointwise part a `floor`"
+        )
     # with one λ for all prompts and λ → ±∞, each prompt moves to its own extreme sample
-    low, high = phi.amin(1).mean(0), phi.amax(1).mean(0)
+    low = phi.masked_fill(out[..., None], math.inf).amin(1).mean(0)
+    high = phi.masked_fill(out[..., None], -math.inf).amax(1).mean(0)
     problems = [
         f"{name} = {float(g):g} is outside the reachable range ({float(lo):.3g}, {float(hi):.3g})"
         for name, g, lo, hi in zip(names, goal, low, high, strict=True)

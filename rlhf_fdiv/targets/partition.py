@@ -51,4 +51,4 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     """(Σw)²/Σw² over the last dimension, from log weights: K equal weights give K; all-zero weights give 0."""
     top = log_weights.amax(-1, keepdim=True)
     w = torch.where(top == -math.inf, 0.0, (log_weights - top).exp())
-    return w.sum(-1) ** 2 / (w**2).sum(-1).clamp(min=1e-300)
+    return w.sum(-1) ** 2 / (w**2).sum(-1).clamp(min=1)  # the largest weight is 1

@@ -73,6 +73,8 @@ class Product:
     def __post_init__(self) -> None:
         if not self.of:
             raise ValueError("target.of: a product needs at least one target")
+        flat = [part for t in self.of for part in (t.of if isinstance(t, Product) else [t])]
+        object.__setattr__(self, "of", flat)
 
     @property
     def has_zeros(self) -> bool:

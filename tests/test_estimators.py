@@ -1,0 +1,374 @@
+"""Advantages and losses against definitions written out anew, and one optimiser step against the same step by hand."""
+
+import copy
+import functools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import (
+    PROMPTS,
+    TEXTS,
+    TOKENIZER,
+    N,
+    P,
+    everything,
+    exact_log_probs,
+    gradient,
+    language,
+    perturbed,
+    scores,
+    sequences_of,
+    text_index,
+    tiny_lm,
+)
+
+from rlhf_fdiv import divergences
+from rlhf_fdiv.config.options import PolicyOptions
+from rlhf_fdiv.estimators import ESTIMATORS, GRPO, PPO, RLOO, Reinforce, policy_loss
+from rlhf_fdiv.estimators.loss import clip_fraction
+from rlhf_fdiv.estimators.ppo import explained_variance, generalised_advantages, whiten
+from rlhf_fdiv.models import Policy
+from rlhf_fdiv.objectives import Match, token_rewards
+from rlhf_fdiv.rollout import Rollout, sample, uniforms
+from rlhf_fdiv.sequences import sequence_sum
+from rlhf_fdiv.stages.policy_update import update
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+unit = st.floats(0, 1)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mask_of(lengths, width=None):
+    return (torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+@st.composite
+def rollouts(draw):
+    """Rewards, values and a mask of unequal lengths, with rubbish at padding."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    mask = mask_of(lengths, 6)
+    seed = draw(st.integers(0, 999))
+    return normal(*mask.shape, seed=seed), normal(*mask.shape, seed=seed + 1), mask
+
+
+# -- generalised advantages --------------------------------------------------------------------------------------------
+
+
+def advantages_by_definition(rewards, values, mask, gamma, lam):
+    """Σ_l (γλ)^l·δ_{t+l} for every t, each sum written out; a completion ends with its last token."""
+    out = torch.zeros_like(rewards)
+    for i, length in enumerate(mask.sum(1).tolist()):
+        value = [*values[i, :length].tolist(), 0.0]
+        delta = [float(rewards[i, t]) + gamma * value[t + 1] - value[t] for t in range(length)]
+        for t in range(length):
+            out[i, t] = sum((gamma * lam) ** (u - t) * delta[u] for u in range(t, length))
+    return out
+
+
+@quick
+@given(rollouts(), unit, unit)
+def test_generalised_advantages_are_their_definition_and_ignore_padding(rollout, gamma, lam):
+    rewards, values, mask = rollout
+    found = generalised_advantages(rewards, values, mask, gamma, lam)
+    assert torch.allclose(found, advantages_by_definition(rewards, values, mask, gamma, lam), rtol=0, atol=1e-12)
+
+
+@quick
+@given(rollouts())
+def test_with_lam_one_an_advantage_is_the_reward_to_come_less_the_value(rollout):
+    rewards, values, mask = rollout
+    to_come = (rewards * mask).flip(1).cumsum(1).flip(1)
+    found = generalised_advantages(rewards, values, mask, 1.0, 1.0)
+    assert torch.allclose(found, (to_come - values) * mask, rtol=0, atol=1e-12)
+
+
+@quick
+@given(rollouts())
+def test_ppo_learns_the_return_that_its_advantage_was_measured_against(rollout):
+    rewards, values, mask = rollout
+    plain = PPO(whiten_advantages=False)(rewards, mask, 1, values)
+    assert torch.allclose((plain.returns - values) * mask, plain.advantages, rtol=0, atol=1e-12)
+    white = PPO()(rewards, mask, 1, values)
+    assert torch.equal(white.returns, plain.returns), "whitening must not touch what the critic learns"
+    assert torch.allclose(white.advantages, whiten(plain.advantages, mask))
+
+
+def test_ppo_without_its_value_head_says_so():
+    with pytest.raises(ValueError, match="value head"):
+        PPO()(normal(2, 3), torch.ones(2, 3), 1)
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(rollouts())
+def test_ppo_at_one_epoch_lam_one_terminal_scores_no_whitening_zero_values_is_reinforce(rollout):
+    rewards, _, mask = rollout
+    last = torch.zeros_like(mask).scatter(1, mask.sum(1, keepdim=True) - 1, 1)
+    terminal = rewards * last
+    ppo = PPO(num_epochs=1, lam=1.0, whiten_advantages=False)
+    found = ppo(terminal, mask, 1, torch.zeros_like(rewards)).advantages
+    assert torch.allclose(found, Reinforce()(terminal, mask, 1).advantages, rtol=0, atol=1e-12)
+
+
+@quick
+@given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 99))
+def test_rloo_subtracts_the_mean_of_the_others(prompts, k, seed):
+    rewards, mask = normal(prompts * k, 5, seed=seed), mask_of([1 + i % 5 for i in range(prompts * k)], 5)
+    rewards = rewards * mask
+    total = rewards.sum(1).tolist()
+    found = RLOO()(rewards, mask, k).advantages
+    for i, score in enumerate(total):
+        group = range(i // k * k, i // k * k + k)
+        expected = score - sum(total[j] for j in group if j != i) / (k - 1)
+        assert found[i].tolist() == pytest.approx([expected * m for m in mask[i].tolist()], abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", [RLOO(), GRPO(), GRPO(scale_rewards=False)], ids=repr)
+def test_a_constant_of_the_prompt_drops_out(estimator):
+    rewards, mask = normal(12, 4), mask_of([1, 2, 3, 4] * 3)
+    rewards = rewards * mask
+    constant = normal(3, seed=1).repeat_interleave(4)[:, None] * mask_of([1] * 12, 4)
+    found = estimator(rewards + 100 * constant, mask, 4).advantages
+    assert torch.allclose(found, estimator(rewards, mask, 4).advantages, rtol=0, atol=1e-10)
+
+
+def test_grpo_is_rloo_shrunk_by_k_minus_1_over_k_and_scaled_by_the_groups_std():
+    rewards, mask = normal(12, 4), torch.ones(12, 4)
+    plain = GRPO(scale_rewards=False)(rewards, mask, 4).advantages
+    assert torch.allclose(plain, 0.75 * RLOO()(rewards, mask, 4).advantages, rtol=0, atol=1e-12)
+    scaled = GRPO()(rewards, mask, 4).advantages[:, 0].view(3, 4)
+    std = rewards.sum(1).view(3, 4).std(1, keepdim=True)
+    assert torch.allclose(scaled, plain[:, 0].view(3, 4) / (std + 1e-4), rtol=1e-12)
+
+
+def test_equal_scores_in_a_group_teach_nothing_and_divide_by_nothing():
+    for estimator in (RLOO(), GRPO()):
+        assert estimator(torch.full((4, 3), 0.7), torch.ones(4, 3), 4).advantages.abs().max() <= 1e-6
+
+
+def test_every_estimator_gives_padding_no_advantage():
+    rewards, mask = normal(8, 6), mask_of([1, 2, 3, 4, 5, 6, 1, 3], 6)
+    for estimator in (cls() for cls in ESTIMATORS.values()):
+        found = estimator(rewards * mask, mask, 4, normal(8, 6, seed=1)).advantages
+        assert (found[mask == 0] == 0).all(), estimator.name
+
+
+# -- Monte Carlo on the toy --------------------------------------------------------------------------------------------
+
+
+GROUPS, K = 3000, 4
+
+
+@functools.cache
+def drawn():
+    """Completions of the toy policy: the text of each, and log π and log a by token."""
+    policy, reference = language()
+    with torch.no_grad():
+        noise = uniforms(5, 1, P * K * GROUPS, 4)
+        sequences, log_pi, _ = sample(policy.lm, TOKENIZER, PROMPTS, K * GROUPS, noise)
+        log_a = reference(everything()).log_probs
+    rows = text_index(sequences.completion_ids, sequences.mask) + N * torch.arange(P).repeat_interleave(K * GROUPS)
+    return rows, log_pi.double(), log_a[rows, : log_pi.shape[1]], sequences.mask
+
+
+@functools.cache
+def slopes_of_log_pi(count=12):
+    """Of every text along `count` random directions in weight space, [P × N, count]."""
+    policy, _ = language()
+    moved, weights = copy.deepcopy(policy), torch.nn.utils.parameters_to_vector(policy.parameters())
+    columns = []
+    for i in range(count):
+        way = 1e-3 * normal(len(weights), seed=i)
+        ends = []
+        for sign in (1, -1):
+            torch.nn.utils.vector_to_parameters(weights + sign * way, moved.parameters())
+            with torch.no_grad():
+                ends.append(exact_log_probs(moved).flatten())
+        columns.append((ends[0] - ends[1]) / 2e-3)
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "js", "tv"])
+def test_rloo_on_sampled_completions_has_the_exact_gradient_as_its_mean(name):
+    f = divergences.get(name)
+    policy, reference = language()
+    log_pi, log_a = exact_log_probs(policy), exact_log_probs(reference).detach()
+    potential = scores()["reward"].view(P, N) / 2
+    log_z = torch.logsumexp(log_a + potential, 1)
+    rows, token_log_pi, token_log_a, mask = drawn()
+    rewards = token_rewards(
+        Match(), f, token_log_pi, token_log_a, mask, potential.flatten()[rows], log_z.repeat_interleave(K * GROUPS)
+    )
+    advantage = RLOO()(rewards, mask, K).advantages[:, 0]
+
+    exact = gradient(divergences.exact(f, log_pi, log_a + potential - log_z[:, None]).mean(), policy)
+    weights = torch.zeros(P * N).double().index_add(0, rows, -advantage / len(rows))
+    estimate = gradient((weights * log_pi.flatten()).sum(), policy)
+    assert float(torch.cosine_similarity(estimate, exact, 0)) >= 0.99
+
+    slope = f.f_prime(log_pi - (log_a + potential - log_z[:, None])).detach()
+    expected = (log_pi.detach().exp() * slope / P).flatten() @ slopes_of_log_pi()
+    of_group = (-advantage[:, None] * slopes_of_log_pi()[rows]).view(P, GROUPS, K, -1).mean(2)
+    error = (of_group.var(1) / GROUPS).sum(0).sqrt() / P
+    assert ((of_group.mean((0, 1)) - expected).abs() < 4 * error).all()
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip_range", [None, 0.2])
+def test_at_ratio_one_the_gradient_is_minus_advantage_times_score_clipped_or_not(clip_range):
+    policy, _ = language()
+    whole = everything()[torch.arange(0, P * N, 7)]
+    log_probs = policy(whole).log_probs
+    advantages = normal(*log_probs.shape)
+    loss = policy_loss(log_probs, log_probs.detach(), advantages, whole.mask, clip_range)
+    assert torch.allclose(loss, -(advantages * whole.mask).sum(1), rtol=0, atol=1e-12)
+    found, expected = gradient(loss.sum(), policy), gradient(-(advantages * log_probs * whole.mask).sum(), policy)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "alive"),
+    [(1.3, 1.0, False), (1.3, -1.0, True), (0.7, 1.0, True), (0.7, -1.0, False), (1.1, 1.0, True), (0.9, -1.0, True)],
+)
+def test_clipping_stops_a_token_only_where_it_has_gone_too_far_already(ratio, advantage, alive):
+    log_prob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    policy_loss(log_prob, zero, advantage * one, one, 0.2).sum().backward()
+    assert float(log_prob.grad) == pytest.approx(-advantage * ratio if alive else 0.0)
+
+
+def test_an_unclipped_loss_is_the_importance_weighted_one_and_sums_over_tokens():
+    new, old, advantages, mask = normal(4, 3), normal(4, 3, seed=1), normal(4, 3, seed=2), mask_of([3, 1, 2, 3])
+    expected = -((new - old).exp() * advantages * mask).sum(1)
+    assert torch.allclose(policy_loss(new, old, advantages, mask), expected)
+
+
+def test_the_clip_fraction_counts_tokens_outside_the_range_and_no_padding():
+    log_ratio = torch.tensor([[1.3, 1.1, 0.7, 9.0], [0.9, 9.0, 9.0, 9.0]]).log()
+    assert float(clip_fraction(log_ratio, torch.zeros(2, 4), mask_of([3, 1], 4), 0.2)) == pytest.approx(2 / 4)
+
+
+def test_the_value_loss_is_the_larger_of_clipped_and_unclipped():
+    ppo = PPO(vf_coef=0.6, clip_range_value=0.2)
+    values, old, returns = (
+        torch.tensor([[0.5, -1.0, 0.1, 7.0]]),
+        torch.zeros(1, 4),
+        torch.tensor([[1.0, 0.0, 0.0, 0.0]]),
+    )
+    # V = .5 towards R = 1 counts as .2, V = −1 away from R = 0 as −1, V = .1 lies inside the range, the last is padding
+    expected = 0.5 * 0.6 * ((0.2 - 1) ** 2 + 1 + 0.1**2)
+    mask = mask_of([3], 4)
+    assert float(ppo.value_loss(values, old, returns, mask)) == pytest.approx(expected)
+    unclipped = 0.5 * 0.6 * (0.5**2 + 1 + 0.1**2)
+    assert float(PPO(vf_coef=0.6, clip_range_value=None).value_loss(values, old, returns, mask)) == pytest.approx(
+        unclipped
+    )
+
+
+@quick
+@given(rollouts())
+def test_whitened_tokens_have_mean_0_and_variance_1_whatever_stands_in_the_padding(rollout):
+    x, rubbish, mask = rollout
+    white = whiten(x, mask)
+    kept = white[mask.bool()]
+    assert abs(float(kept.mean())) <= 1e-9
+    assert len(kept) < 3 or float((kept**2).mean()) == pytest.approx(1, abs=1e-4)
+    assert (white[mask == 0] == 0).all()
+    assert torch.allclose(white, whiten(torch.where(mask.bool(), x, rubbish * 99), mask), rtol=0, atol=1e-12)
+
+
+def test_explained_variance_is_1_for_a_perfect_critic_0_for_a_constant_one_and_less_for_a_wrong_one():
+    returns, mask = normal(4, 5), mask_of([5, 3, 1, 4])
+    rubbish = torch.where(mask.bool(), returns, 1e6)
+    assert float(explained_variance(rubbish, returns, mask)) == pytest.approx(1)
+    assert float(explained_variance(torch.full_like(returns, 3.0), returns, mask)) == pytest.approx(0)
+    assert float(explained_variance(-returns, returns, mask)) == pytest.approx(-3)
+
+
+# -- one step of the stage ---------------------------------------------------------------------------------------------
+
+TRAINED_TEXTS = [TEXTS[i] for i in (0, 5, 20, 100, 1, 60)]  # 2 completions a prompt, of 1 to 4 tokens
+LR = 0.01
+
+
+def stepped(estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, lr=LR):
+    """The policy before and after `update`, what it was trained on, its figures and the number of optimiser steps."""
+    policy = Policy(perturbed(tiny_lm()), value_head).double()
+    before = copy.deepcopy(policy)
+    sequences = sequences_of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
+    with torch.no_grad():
+        log_probs = policy(sequences).log_probs
+    batch = Rollout(sequences, log_probs, torch.zeros_like(log_probs), [0, 1, 2])
+    rewards = normal(*log_probs.shape) * sequences.mask if rewards is None else rewards
+    options = PolicyOptions(num_generations=2, per_device_train_batch_size=size, max_grad_norm=max_grad_norm)
+    optimizer, steps = torch.optim.SGD(policy.parameters(), lr=lr), []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    log = SimpleNamespace(require_finite=lambda value, what: None)
+    figures = update(Accelerator(cpu=True), policy, optimizer, estimator, batch, rewards, options, 0, log)
+    return before, policy, sequences, rewards, figures, len(steps)
+
+
+def change(before, after):
+    return torch.cat([(b - a).flatten() for a, b in zip(before.lm.parameters(), after.lm.parameters(), strict=True)])
+
+
+@pytest.mark.parametrize("size", [6, 4, 2, 1])
+def test_one_update_is_one_step_along_the_hand_computed_gradient_however_it_is_split(size):
+    before, after, sequences, rewards, figures, _ = stepped(RLOO(), size)
+    total = rewards.sum(1)
+    advantage = (total - total.view(3, 2).flip(1).flatten()).detach()  # K = 2: the other one is the baseline
+    log_pi = sequence_sum(before(sequences).log_probs, sequences.mask)
+    expected = gradient((advantage * log_pi).mean(), before)
+    found = change(before, after)
+    assert float(figures["grad_norm"]) == pytest.approx(float(expected.norm()), rel=1e-6)
+    lengths = sequences.mask.sum(1)
+    assert float(figures["loss"]) == pytest.approx(float(-(advantage * lengths).mean()), rel=1e-6)
+    # 1e-6: Llama's norm works in float32 in the backward, too; how the batch is split may not matter beyond it
+    assert float((found - LR * expected).norm() / (LR * expected).norm()) <= 1e-6
+
+
+def test_micro_batches_of_any_size_give_the_same_step():
+    whole, *parts = (change(*stepped(RLOO(), size)[:2]) for size in (6, 5, 4, 3, 2, 1))
+    for part in parts:
+        assert torch.allclose(part, whole, rtol=0, atol=1e-12)
+
+
+def test_a_ppo_step_without_critic_clip_or_whitening_is_the_reinforce_step():
+    settings_ = {"num_epochs": 1, "num_minibatches": 1, "lam": 1.0, "whiten_advantages": False, "clip_range": None}
+    sequences = sequences_of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
+    last = torch.zeros_like(sequences.mask).scatter(1, sequences.mask.sum(1, keepdim=True) - 1, 1)
+    terminal = normal(*last.shape) * last
+    reinforce, ppo = (stepped(e, 4, value_head=e.value_head, rewards=terminal) for e in (Reinforce(), PPO(**settings_)))
+    assert torch.allclose(change(*ppo[:2]), change(*reinforce[:2]), rtol=0, atol=1e-12)
+    assert ppo[1].value_head.bias.abs() > 0, "the critic learns at the same step"
+
+
+def test_several_epochs_clip_and_shuffle_yet_each_pass_sees_every_row_once():
+    """With clipping off and a tiny rate, two epochs of three minibatches move as far as two full passes."""
+    two = PPO(num_epochs=2, num_minibatches=3, lam=1.0, whiten_advantages=False, clip_range=None, vf_coef=0.0)
+    one = PPO(num_epochs=1, num_minibatches=1, lam=1.0, whiten_advantages=False, clip_range=None, vf_coef=0.0)
+    far, near = (change(*stepped(e, 6, True, lr=1e-7)[:2]) for e in (two, one))
+    assert float((far - 6 * near).norm() / far.norm()) <= 1e-4
+
+
+def test_the_gradient_norm_is_clipped_at_max_grad_norm():
+    before, after, *_ = stepped(RLOO(), 3, max_grad_norm=0.01)
+    assert float(change(before, after).norm()) == pytest.approx(LR * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("minibatches", [1, 3, 4, 5, 7])
+def test_an_epoch_has_as_many_steps_as_minibatches_were_asked_for_where_there_are_rows_enough(minibatches):
+    *_, steps = stepped(PPO(num_epochs=2, num_minibatches=minibatches), 6, True)
+    assert steps == 2 * min(minibatches, 6)
