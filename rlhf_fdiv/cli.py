@@ -15,19 +15,19 @@ app = typer.Typer(
     help="Align language models by minimising an f-divergence.",
 )
 
-ConfigArgument = Annotated[Path | None, typer.Argument(help="A config file (YAML).", show_default=False)]
+ConfigArgument = Annotated[str | None, typer.Argument(help="A config file (YAML).", show_default=False)]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="The same, as an option.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value overrides.", show_default=False)]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
 
 
 def _run(
-    first: Path | None, option: Path | None, overrides: list[str] | None, print_config: bool, stages: list[str] | None
+    first: str | None, option: Path | None, overrides: list[str] | None, print_config: bool, stages: list[str] | None
 ) -> None:
     from rlhf_fdiv import config as configs
     from rlhf_fdiv.errors import UserError
 
-    words = [*([str(first)] if first is not None else []), *(overrides or [])]
+    words = [*([first] if first is not None else []), *(overrides or [])]
     if option is None:
         if not words or "=" in words[0]:
             raise UserError("which config? Give a file: rlhf-fdiv run configs/quickstart.yaml [a.b=value …]")
@@ -88,12 +88,13 @@ def list_divergences(
     from rlhf_fdiv import divergences
     from rlhf_fdiv.plots import plot_divergences
 
+    if plot is not None:
+        plot_divergences(plot)
     table = Table("name", "f(t), t = π/p", "direction", "f'(∞)", "f''(1)")
     for name in divergences.names():
         table.add_row(*divergences.summary(divergences.get(name)))
     Console().print(table)
     if plot is not None:
-        plot_divergences(plot)
         typer.echo(f"plot: {plot}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ PREFERENCES: dict[str, type] = {"prompt": str, "chosen": str, "rejected": str}
 RATINGS: dict[str, type] = {"text": str, "rating": float}
 
 Rows = list[dict[str, Any]]
+_LARGEST = sys.float_info.max
 
 
 def locate(source: str) -> str:
@@ -33,6 +35,12 @@ def read_rows(source: str, needs: dict[str, type], limit: int | None = None) -> 
     Raises UserError that names the file and the rows, at most five of them, and the mend.
     """
     path = Path(locate(source))
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no file can have this name: {error}") from error
     rows: Rows = []
     problems: list[str] = []
     for number, row in _numbered(path, source):
@@ -60,21 +68,32 @@ def _numbered(path: Path, source: str) -> Iterator[tuple[int, dict[str, Any] | s
         if path.suffix == ".json":
             return enumerate(_json_list(path, source), 1)
         if path.suffix in (".parquet", ".pq"):
-            import pandas as pd
+            import pyarrow.parquet as pq
 
             try:
-                return enumerate(pd.read_parquet(path).to_dict("records"), 1)
+                return enumerate(pq.read_table(path).to_pylist(), 1)
             except Exception as error:
                 raise UserError(f"{source}: not a readable Parquet file: {error}") from error
         raise UserError(f"{source}: unknown kind of file {path.suffix!r}; use .jsonl, .json or .parquet")
     if path.is_dir():
         from datasets import Dataset, load_from_disk
 
-        data = load_from_disk(str(path))
+        try:
+            data = load_from_disk(str(path))
+        except IndexError:
+            return iter(())  # how `datasets` reads a saved split without rows
+        except Exception as error:
+            raise UserError(f"{source}: a folder, but not one that `Dataset.save_to_disk` wrote") from error
         if not isinstance(data, Dataset):
-            raise UserError(f"{source}: holds several splits; name one, for example {source}/train")
+            raise UserError(
+                f"{source}: holds several splits; name one, for example {source}/{next(iter(data), 'train')}"
+            )
         return ((i, dict(row)) for i, row in enumerate(data, 1))
-    if path.suffix or source.count("/") != 1 or source.startswith((".", "/")):
+    if source.startswith("film_reviews/"):
+        raise UserError(
+            f"{source}: no such file{did_you_mean(path.name, (p.name for p in path.parent.glob('*.jsonl')))}"
+        )
+    if path.suffix in (".jsonl", ".json", ".parquet", ".pq") or source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(f"{source}: no such file or folder")
     return _hub(source)
 
@@ -91,18 +110,21 @@ def _hub(source: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    number, encoding = 0, "utf-8-sig"
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for line in file:
+            number += bool(line.strip())
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                text = line.decode(encoding).strip()
             except UnicodeDecodeError as error:
                 yield number, f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
                 continue
+            encoding = "utf-8"
             if not text:
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield number, f"not JSON: {error}"
                 continue
             yield number, row if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
@@ -111,7 +133,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _json_list(path: Path, source: str) -> list[dict[str, Any] | str]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not UTF-8 JSON: {error}") from error
     if not isinstance(rows, list):
         raise UserError(f"{source}: must hold a list of objects, not {type(rows).__name__}; or use .jsonl")
@@ -120,10 +142,12 @@ def _json_list(path: Path, source: str) -> list[dict[str, Any] | str]:
 
 def _row_problems(row: dict[str, Any], needs: dict[str, type]) -> Iterator[str]:
     for key, kind in needs.items():
-        if key not in row or row[key] is None:
+        if key in row and row[key] is None:
+            yield f"field {key!r} is null"
+        elif key not in row:
             yield f"no field {key!r}{did_you_mean(key, map(str, row))}"
         elif kind is float:
-            if isinstance(row[key], bool) or not isinstance(row[key], int | float) or row[key] != row[key]:
+            if isinstance(row[key], bool) or not isinstance(row[key], int | float) or not abs(row[key]) <= _LARGEST:
                 yield f"field {key!r} must be a number, not {row[key]!r}"
         elif not isinstance(row[key], str):
             yield f"field {key!r} must be text, not {type(row[key]).__name__}"
@@ -132,7 +156,11 @@ def _row_problems(row: dict[str, Any], needs: dict[str, type]) -> Iterator[str]:
         elif not row[key].isascii() and (bad := _surrogate(row[key])):
             yield f"field {key!r} holds a lone surrogate ({bad}), which is not text"
     share = row.get("preference")
-    if share is not None and "chosen" in needs and not (isinstance(share, int | float) and 0 <= share <= 1):
+    if (
+        share is not None
+        and "chosen" in needs
+        and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1)
+    ):
         yield f"field 'preference' must lie in [0, 1], the share of raters who prefer 'chosen', not {share!r}"
 
 

@@ -16,6 +16,8 @@ class UserError(ValueError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' — did you mean 'x'?' where something known is near, else the known words."""
-    words = list(known)
+    words = list(dict.fromkeys(known))
+    if not words:
+        return "; none is known here"
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(words)}"

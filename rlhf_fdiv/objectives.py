@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fdiv.divergences import Divergence, exact, label
+from rlhf_fdiv.ranges import Positive
 from rlhf_fdiv.sequences import at_last_token, sequence_sum
 
 
@@ -51,7 +52,7 @@ class Match:
 class Regularise:
     """max E_π[r] − β·D_f(π‖a); its optimum is a·[(f')⁻¹((r − λ(x))/β)]₊, a tilt a·exp(r/β) for reverse KL only."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     name: ClassVar[str] = "regularise"
 
     def pseudo_reward(self, f: Divergence, log_pi: Tensor, log_a: Tensor, potential: Tensor, log_z: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Regularise:
 class Prefer:
     """f-DPO from pairs, offline; needs a strictly convex f with f'(0⁺) = −∞."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     name: ClassVar[str] = "prefer"
 
     def conflicts(self, f: Divergence, target_has_zeros: bool = False) -> str | None:

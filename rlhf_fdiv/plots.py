@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf_fdiv import divergences
+from rlhf_fdiv.errors import UserError
 
 
 def plot_divergences(path: Path) -> None:
@@ -29,6 +30,10 @@ def plot_divergences(path: Path) -> None:
     for axis in (left, right):
         axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the plot cannot be written: {error}") from error
+    finally:
+        plt.close(figure)

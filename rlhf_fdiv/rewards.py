@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from torch import Tensor
 
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.ranges import Count, NotNegative, Positive
+
+
+def _check_clip(clip: tuple[float, float] | None) -> None:
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip: must be a lower and a higher bound, not {clip}")
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,21 @@ class RewardModel:
 
     path: str | None = None
     clip: tuple[float, float] | None = None
-    batch_size: int = 64
+    batch_size: Count = 64
     name: ClassVar[str] = "reward_model"
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
 
     def open(self, device: torch.device) -> Callable[..., list[float]]:
         from rlhf_fdiv.reward_models import load_reward_model
 
         if self.path is None:
             raise UserError("scorers: a reward_model needs its `path`, or a reward stage in the same run")
-        model = load_reward_model(self.path, device)
+        try:
+            model = load_reward_model(self.path, device)
+        except OSError as error:
+            raise UserError(f"scorers: no reward model at {self.path}: {error}") from error
         low, high = self.clip or (-math.inf, math.inf)
 
         def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
@@ -54,8 +67,11 @@ class NgramRidge:
 
     data: str
     clip: tuple[float, float] = (-4.0, 4.0)
-    alpha: float = 1.0
+    alpha: NotNegative = 1.0
     name: ClassVar[str] = "ngram_ridge"
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
 
     def open(self, device: torch.device) -> Callable[..., list[float]]:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -64,9 +80,11 @@ class NgramRidge:
 
         rows = read_rows(self.data, RATINGS)
         words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b\w[\w']*\b")
-        model = make_pipeline(words, Ridge(alpha=self.alpha)).fit(
-            [r["text"] for r in rows], [r["rating"] for r in rows]
-        )
+        model = make_pipeline(words, Ridge(alpha=self.alpha))
+        try:
+            model.fit([r["text"] for r in rows], [r["rating"] for r in rows])
+        except ValueError as error:
+            raise UserError(f"{self.data}: no ridge regression can be fitted on these texts: {error}") from error
 
         def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
             return model.predict(completions).clip(*self.clip).tolist()
@@ -85,7 +103,7 @@ class Pattern:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"pattern is not a regular expression: {error}") from error
+            raise ValueError(f"pattern: is not a regular expression: {error}") from error
 
     def open(self, device: torch.device) -> Callable[..., list[float]]:
         found = re.compile(self.pattern, re.IGNORECASE)
@@ -96,7 +114,7 @@ class Pattern:
 class Length:
     """The number of words of the completion, divided by `scale`."""
 
-    scale: float = 1.0
+    scale: Positive = 1.0
     name: ClassVar[str] = "length"
 
     def open(self, device: torch.device) -> Callable[..., list[float]]:
@@ -120,15 +138,18 @@ class Function:
     name: ClassVar[str] = "function"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.]+:[\w.]+", self.path):
-            raise ValueError(f"path must look like package.module:function, not {self.path!r}")
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", self.path):
+            raise ValueError(f"path: must look like package.module:function, not {self.path!r}")
 
     def open(self, device: torch.device) -> Callable[..., list[float]]:
         module, _, attribute = self.path.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            found = operator.attrgetter(attribute)(importlib.import_module(module))
         except (ImportError, AttributeError) as error:
             raise UserError(f"scorers: cannot load {self.path}: {error}") from error
+        if not callable(found):
+            raise UserError(f"scorers: {self.path} is not a function")
+        return found
 
 
 SCORERS: dict[str, Any] = {cls.name: cls for cls in (RewardModel, NgramRidge, Pattern, Length, Threshold, Function)}
@@ -174,7 +195,7 @@ class Scorers:
 def _checked(name: str, values: Any, completions: list[str]) -> Tensor:
     try:
         scores = torch.as_tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"scorer {name!r} gave something that is not a list of numbers: {error}") from error
     if scores.shape != (len(completions),):
         raise UserError(f"scorer {name!r} gave shape {[*scores.shape]} for {len(completions)} completions")
@@ -190,7 +211,10 @@ def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
     for name, spec in specs.items():
         seen = {name}
         while isinstance(spec, Threshold):
-            if spec.of not in specs or spec.of in seen:
+            if spec.of in seen:
+                problems.append(f"scorers.{name}.of: leads back to {spec.of!r}; thresholds cannot go in a circle")
+                break
+            if spec.of not in specs:
                 problems.append(f"scorers.{name}.of: {spec.of!r} is not another scorer{did_you_mean(spec.of, specs)}")
                 break
             seen.add(spec.of)

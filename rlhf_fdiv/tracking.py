@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_fdiv.config import RunConfig, differences, dump, to_dict
+from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, to_dict
 from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError
 
@@ -25,6 +25,7 @@ _FREE_KEYS = ("stages", "resume", "report_to", "output_dir")  # may change betwe
 _SECTION_OF = {
     "sft": ("model", "data", "sft", "seed"),
     "reward": ("model", "data", "reward", "seed"),
+    "policy": ("model", "data", "policy", "divergence", "objective", "target", "estimator", "seed"),
 }
 
 
@@ -42,7 +43,7 @@ class RunFolder:
         """
         written = self.path / "resolved_config.yaml"
         if written.is_file():
-            old = yaml.safe_load(written.read_text(encoding="utf-8"))
+            old = read_resolved(self.path)
             changed = differences(old, to_dict(self.config), ignore=_FREE_KEYS)
             if changed and self.config.resume is None:
                 raise UserError(
@@ -50,13 +51,28 @@ class RunFolder:
                     "or resume=STAGE to run again from that stage on; what is there is kept aside"
                 )
             if self.config.resume is not None:
+                self._check_kept(old, self.config.resume)
                 self._set_aside_from(self.config.resume)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made: {error}") from error
         write_atomically(written, dump(self.config))
 
+    def _check_kept(self, old: dict[str, Any], resume: str) -> None:
+        """Raises UserError where a stage before `resume` was made with another config."""
+        new = to_dict(self.config)
+        for stage in STAGES[: STAGES.index(resume)]:
+            keys = _SECTION_OF.get(stage, ())
+            changed = differences({k: old.get(k) for k in keys}, {k: new[k] for k in keys})
+            if changed and self.stage(stage).exists():
+                raise UserError(
+                    f"{self.path}: its {stage} stage was made with another config ({'; '.join(changed)}), and "
+                    f"resume={resume} would keep it: resume={stage} runs it again, or give the run a new name=…"
+                )
+
     def _set_aside_from(self, stage: str) -> None:
-        order = ["sft", "reward", "policy", "evaluate"]
-        for name in order[order.index(stage) :]:
+        for name in STAGES[STAGES.index(stage) :]:
             if (self.path / name).exists():
                 n = next(i for i in range(1, 10**6) if not (self.path / f"{name}.before-{i}").exists())
                 (self.path / name).rename(self.path / f"{name}.before-{n}")
@@ -68,12 +84,12 @@ class RunFolder:
         """The folder of a finished stage: of this run, or of the run that `reuse` names."""
         if is_finished(self.stage(stage)):
             return self.stage(stage)
-        if self.config.reuse is None or stage not in _SECTION_OF:
+        if self.config.reuse is None or stage not in ("sft", "reward"):
             return None
         other = Path(self.config.reuse)
         if not is_finished(other / stage):
             raise UserError(f"reuse: {other / stage} is not a finished stage")
-        theirs = yaml.safe_load((other / "resolved_config.yaml").read_text(encoding="utf-8"))
+        theirs = read_resolved(other)
         mine = to_dict(self.config)
         keys = _SECTION_OF[stage]
         if changed := differences({k: theirs.get(k) for k in keys}, {k: mine[k] for k in keys}):
@@ -100,6 +116,18 @@ class RunFolder:
         write_atomically(path, json.dumps(manifest, indent=2))
 
 
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """The config that a run was made with."""
+    path = folder / "resolved_config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the config of a run; give this run a new name=…")
+    return config
+
+
 def is_finished(folder: Path) -> bool:
     return (folder / "finished.json").is_file()
 
@@ -107,10 +135,14 @@ def is_finished(folder: Path) -> bool:
 def environment() -> dict[str, Any]:
     """Versions, machine and git commit."""
     packages = ("rlhf_fdiv", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip() or None
+    except OSError:
+        commit = None
     return {
         "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
@@ -118,8 +150,11 @@ def environment() -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Whole or not at all: a reader never sees half a file."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Metrics:
@@ -138,10 +173,9 @@ class Metrics:
     def _drop_after(self, step: int) -> None:
         """Rows after the checkpoint that a run resumes from will be written again."""
         if self.path.is_file():
-            kept = [
-                line for line in self.path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step
-            ]
-            write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run leaves half a row
+            write_atomically(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **{k: _round(v) for k, v in values.items()}}) + "\n")
@@ -162,11 +196,18 @@ def _round(value: float) -> float | None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete `checkpoint-N`; a checkpoint is written aside and renamed, so a half one has another name."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    return max(_checkpoints(folder), key=_number, default=None)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    found = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    found = sorted(_checkpoints(folder), key=_number)
     for old in found[: max(len(found) - keep, 0)]:
         shutil.rmtree(old)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -14,6 +14,7 @@ ROOT = Path(rlhf_fdiv.__file__).parent
 # count: they postpone loading, not dependence.
 ORDER = (
     "errors",
+    "ranges",
     "divergences",
     "sequences",
     ("targets", "estimators"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from rlhf_fdiv import divergences
-from rlhf_fdiv.config.files import read_yaml, with_overrides
+from rlhf_fdiv.config.files import Dumper, read_yaml, with_overrides
 from rlhf_fdiv.config.options import (
     STAGES,
     DataOptions,
@@ -39,17 +39,17 @@ _SECTIONS: dict[str, Any] = {
 _CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}
 _PLAIN: dict[str, Any] = {
     "name": str,
-    "seed": int,
-    "output_dir": str,
-    "stages": list[Literal["sft", "reward", "policy", "evaluate"]],
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+    "output_dir": Annotated[str, Field(min_length=1)],
+    "stages": Annotated[list[Literal["sft", "reward", "policy", "evaluate"]], Field(min_length=1)],
     "reuse": str | None,
     "resume": Literal["sft", "reward", "policy", "evaluate"] | None,
     "report_to": Literal["tensorboard", "none"],
 }
-TOP_LEVEL = ("name", "base", *_PLAIN, *_SECTIONS, *_CHOICES, "divergence", "scorers")
+TOP_LEVEL = (*_PLAIN, *_SECTIONS, *_CHOICES, "divergence", "scorers")
 
 for _cls in (*_SECTIONS.values(), *(c for r in (*_CHOICES.values(), SCORERS) for c in r.values())):
-    _cls.__pydantic_config__ = ConfigDict(extra="forbid")
+    _cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -74,15 +74,23 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         values[key] = _validate(cls, {} if raw.get(key) is None else raw[key], key, problems)
     for key, registry in _CHOICES.items():
         default = {"objective": "match", "target": "tilted", "estimator": "rloo"}[key]
-        values[key] = _choice(registry, raw.get(key, default), key, problems)
+        values[key] = _choice(registry, raw.get(key, default), key, problems, default)
     scorers = raw.get("scorers", {"reward": {"name": "reward_model"}})
     if not isinstance(scorers, dict):
         problems.append(f"scorers: must map names to scorers, not {scorers!r}")
         scorers = {}
     values["scorers"] = {str(n): _choice(SCORERS, s, f"scorers.{n}", problems) for n, s in scorers.items()}
     values["divergence"] = _divergence(raw.get("divergence", "reverse_kl"), "divergence", problems)
-    values.setdefault("stages", list(STAGES))
-    if "name" in values and not re.fullmatch(r"[\w.+=-]+", str(values["name"])):
+    values["stages"] = [stage for stage in STAGES if stage in (values.get("stages", STAGES) or ())]
+    for stage in ("sft", "reward"):
+        if values[stage] is not None:
+            _divergence(values[stage].divergence, f"{stage}.divergence", problems)
+        elif isinstance(raw.get(stage), dict) and "divergence" in raw[stage]:
+            _divergence(raw[stage]["divergence"], f"{stage}.divergence", problems)
+    measured = raw["evaluate"].get("divergences") if isinstance(raw.get("evaluate"), dict) else None
+    for i, spec in enumerate(measured if isinstance(measured, list) else []):
+        _divergence(spec, f"evaluate.divergences.{i}", problems)
+    if isinstance(values.get("name"), str) and not re.fullmatch(r"(?!\.+$)[\w.+=-]+", str(values["name"])):
         problems.append(f"name: {values['name']!r} must be letters, digits and . _ + = -, since it names a folder")
     if problems:
         raise UserError(*problems)
@@ -100,29 +108,60 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
+    found: dict[str, str] = {}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        numbers = [f.name for f in dataclasses.fields(kind) if re.search("int|float|Count|Positive|Share", str(f.type))]
+        for name in [
+            n for n in numbers if isinstance(value.get(n), bool) and "bool" not in str(kind.__annotations__.get(n))
+        ]:
+            found[f"{key}.{name}"] = f"must be a number, not {value[name]!r}"
+        value = {k: v for k, v in value.items() if f"{key}.{k}" not in found}
+    elif key == "seed" and isinstance(value, bool):
+        found[key] = f"must be a number, not {value!r}"
+    made = None
     try:
-        return TypeAdapter(kind).validate_python(value)
+        made = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        fields = [x.name for x in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
         for e in error.errors():
-            where = ".".join([key, *(str(part) for part in e["loc"])])
-            if e["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(e["loc"]) == 1:
-                problems.append(f"{where}: unknown key{did_you_mean(str(e['loc'][0]), fields)}")
-            elif e["type"] in ("missing", "missing_argument"):
-                problems.append(f"{where}: is required")
+            where, cls, rest = key, kind, value
+            for part in e["loc"]:
+                fields = _fields(cls)
+                unknown = e["type"] in ("unexpected_keyword_argument", "extra_forbidden") and part == e["loc"][-1]
+                missing = e["type"] in ("missing", "missing_argument") and part == e["loc"][-1]
+                try:
+                    rest = rest[part]
+                except (TypeError, KeyError, IndexError):
+                    if not missing:
+                        break
+                where = f"{where}.{part}"
+                if unknown:
+                    found[where] = f"unknown key{did_you_mean(str(part), fields)}"
+                elif missing:
+                    found[where] = "is required"
+                cls = fields.get(part)
+            message = e["msg"].removeprefix("Value error, ")
+            if e["type"] == "value_error":
+                inner, colon, message = message.partition(": ")
+                found.setdefault(f"{where}.{inner}" if colon else where, message if colon else inner)
             else:
-                message = e["msg"].removeprefix("Value error, ")
-                problems.append(
-                    f"{where}: {message}, not {e['input']!r}" if e["type"] != "value_error" else f"{key}: {message}"
-                )
+                found.setdefault(where, f"{message}, not {e['input']!r}")
     except (ValueError, TypeError) as error:
-        problems.append(f"{key}: {error}")
-    return None
+        found[key] = str(error)
+    problems += [f"{where}: {message}" for where, message in found.items()]
+    return None if found else made
 
 
-def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str]) -> Any:
+def _fields(kind: Any) -> dict[Any, Any]:
+    """The fields of a dataclass, or of the dataclass in `X | None`, with their types."""
+    for cls in (kind, *get_args(kind)):
+        if dataclasses.is_dataclass(cls):
+            return {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    return {}
+
+
+def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str], default: str | None = None) -> Any:
     options = dict(_as_dict(value))
-    name = options.pop("name", None)
+    name = options.pop("name", default)
     if not isinstance(name, str) or name not in registry:
         problems.append(f"{key}.name: {name!r} is not known{did_you_mean(str(name), registry)}")
         return None
@@ -132,23 +171,28 @@ def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str])
 
 
 def _divergence(value: Any, key: str, problems: list[str]) -> dict[str, Any]:
+    spec = _as_dict(value)
+    name = spec.get("name")
+    if not isinstance(name, str):
+        problems.append(f"{key}: must be a name or a mapping with one, not {value!r}")
+        return spec
     try:
-        divergences.get(value)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        known = (*divergences.parameters(divergences.divergence_class(name)), "unit_curvature")
+        if unknown := [k for k in spec if k != "name" and k not in known]:
+            problems += [f"{key}.{k}: unknown key{did_you_mean(str(k), known)}" for k in unknown]
+        else:
+            divergences.get(spec)
+    except ValueError as error:
         problems.append(f"{key}: {error}")
-    return _as_dict(value)
+    return spec
 
 
 def _conflicts(config: RunConfig) -> list[str]:
     """What each key allows but the whole does not, for the stages that will run."""
     problems = check_scorers(config.scorers, config.target.scorers if "policy" in config.stages else ())
-    losses = {"sft": config.sft.divergence, "reward": config.reward.divergence}
-    for stage, spec in losses.items():
-        _divergence(spec, f"{stage}.divergence", problems)
-    for i, spec in enumerate(config.evaluate.divergences):
-        _divergence(spec, f"evaluate.divergences.{i}", problems)
-    if problems:
-        return problems
+    parts = getattr(config.target, "of", [config.target])
+    if sum(isinstance(part, TARGETS["moments"]) for part in parts) > 1:
+        problems.append("target.of: put all moments of a product into one `moments` target; they share one λ vector")
     if "sft" in config.stages and divergences.get(config.sft.divergence).f_prime_at_infinity == float("inf"):
         problems.append(
             f"sft.divergence: {config.sft.divergence} is infinite on data (f'(∞) = ∞): use forward_kl, js, tv, hellinger, "
@@ -172,15 +216,6 @@ def _conflicts(config: RunConfig) -> list[str]:
                 f"policy.num_generations: {config.estimator.name} needs at least {config.estimator.min_generations} "
                 f"completions a prompt, not {config.policy.num_generations}"
             )
-        for key in (
-            "max_steps",
-            "num_prompts",
-            "num_generations",
-            "max_completion_length",
-            "per_device_train_batch_size",
-        ):
-            if getattr(config.policy, key) < 1:
-                problems.append(f"policy.{key}: must be at least 1, not {getattr(config.policy, key)}")
         if config.policy.per_device_train_batch_size % config.policy.num_generations:
             problems.append("policy.per_device_train_batch_size: must be a multiple of policy.num_generations")
     return problems
@@ -202,7 +237,7 @@ def _plain(value: Any) -> Any:
 
 
 def dump(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:

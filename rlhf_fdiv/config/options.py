@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Le, MinLen
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.model_options import ModelOptions
+from rlhf_fdiv.ranges import Count, CountOrNone, NotNegative, Positive, Share
 
 STAGES = ("sft", "reward", "policy", "evaluate")
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -17,12 +20,12 @@ Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 class DataOptions:
     """A file, a saved `datasets` folder or a hub name for each use; `film_reviews/…` is made on first use."""
 
-    sft_train: str | None = None
-    sft_eval: str | None = None
-    preferences_train: str | None = None
-    preferences_eval: str | None = None
-    prompts_train: str | None = None
-    prompts_eval: str | None = None
+    sft_train: Annotated[str, MinLen(1)] | None = None
+    sft_eval: Annotated[str, MinLen(1)] | None = None
+    preferences_train: Annotated[str, MinLen(1)] | None = None
+    preferences_eval: Annotated[str, MinLen(1)] | None = None
+    prompts_train: Annotated[str, MinLen(1)] | None = None
+    prompts_eval: Annotated[str, MinLen(1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class SftOptions:
     divergence: Any = "forward_kl"
     max_steps: int = -1
     num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
+    per_device_train_batch_size: Count = 16
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 1e-4
     lr_scheduler_type: Scheduler = "linear"
     warmup_steps: float = 0.1
-    max_length: int = 128
+    max_length: Count = 128
     save_steps: int = 0
     training_args: dict[str, Any] = field(default_factory=dict)
 
@@ -49,17 +52,17 @@ class RewardOptions:
 
     method: Literal["head", "finetune"] = "head"
     divergence: Any = "forward_kl"
-    label_smoothing: float = 0.0
-    max_pairs: int | None = None
-    layers: list[float] = field(default_factory=lambda: [0.4, 0.6])
-    l2: float = 1000.0
-    batch_size: int = 64
+    label_smoothing: Share = 0.0
+    max_pairs: Count | None = None
+    layers: Annotated[list[Annotated[float, Gt(0), Le(1)]], MinLen(1)] = field(default_factory=lambda: [0.4, 0.6])
+    l2: NotNegative = 1000.0
+    batch_size: Count = 64
     max_steps: int = -1
     num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-5
-    max_length: int = 256
+    per_device_train_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 2e-5
+    max_length: Count = 256
     training_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,36 +71,36 @@ class PolicyOptions:
     """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
     optimiser step of them (ppo and grpo: one an epoch and minibatch)."""
 
-    model: str | None = None
-    max_steps: int = 100
-    num_prompts: int = 8
-    num_generations: int = 8
-    max_completion_length: int = 32
-    per_device_train_batch_size: int = 32
-    learning_rate: float = 1e-5
+    model: Annotated[str, MinLen(1)] | None = None
+    max_steps: Count = 100
+    num_prompts: Count = 8
+    num_generations: Count = 8
+    max_completion_length: Count = 32
+    per_device_train_batch_size: Count = 32
+    learning_rate: Positive = 1e-5
     lr_scheduler_type: Scheduler = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: CountOrNone = 0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
     engine: Literal["cached", "generate"] = "cached"
-    warm_start_generations: int = 0
-    save_steps: int = 50
-    save_total_limit: int = 2
+    warm_start_generations: CountOrNone = 0
+    save_steps: Count = 50
+    save_total_limit: Count = 2
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Measurement on held-out prompts, of the reference and of the policy with the same random streams."""
 
-    num_prompts: int | None = None
-    num_generations: int = 4
-    batch_size: int = 64
+    num_prompts: Count | None = None
+    num_generations: Count = 4
+    batch_size: Count = 64
     divergences: list[Any] = field(
         default_factory=lambda: ["reverse_kl", "forward_kl", "js", "tv", "hellinger", "pearson_chi2"]
     )
     gold: str = "gold"
-    perplexity_rows: int = 128
-    samples: int = 10
+    perplexity_rows: CountOrNone = 128
+    samples: CountOrNone = 10
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ class RunConfig:
     stages: list[str]
     seed: int = 0
     output_dir: str = "runs"
-    reuse: str | None = None
-    resume: str | None = None
+    reuse: Annotated[str, MinLen(1)] | None = None
+    resume: Annotated[str, MinLen(1)] | None = None
     report_to: str = "tensorboard"
 
     @property

@@ -7,7 +7,7 @@ frozen dataclass whose fields are its YAML schema; `check` proves it, and `regis
 Sources: Csiszár & Shields 2004; Go et al. 2023 (arXiv 2302.08215, f-DPG); Huang et al. 2024 (arXiv 2407.13399, χPO).
 """
 
-from rlhf_fdiv.divergences.base import Divergence, Dual, Scaled, label
+from rlhf_fdiv.divergences.base import Divergence, Dual, Scaled, label, parameters
 from rlhf_fdiv.divergences.measure import Estimate, clustered_error, estimate, exact, perspective
 from rlhf_fdiv.divergences.proofs import check
 from rlhf_fdiv.divergences.registry import divergence_class, get, names, register, summary
@@ -25,6 +25,7 @@ __all__ = [
     "get",
     "label",
     "names",
+    "parameters",
     "perspective",
     "register",
     "summary",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import math
@@ -24,7 +25,13 @@ def divergence_class(name: str) -> type[Divergence]:
     """The class of a registered name or of a dotted path `package.module:Class`."""
     if ":" in name:
         module, _, attribute = name.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot load the divergence {name!r}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Divergence) and hasattr(found, "name")):
+            raise ValueError(f"{name!r} is no subclass of rlhf_fdiv.divergences.Divergence with a name")
+        return found
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -49,7 +56,12 @@ def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence
     known = parameters(cls)
     for key in options.keys() - set(known):
         raise ValueError(f"{name} has no parameter {key!r}; it takes {', '.join(known) or 'none'}")
-    f = cls(**{key: _value(name, key, value) for key, value in options.items()})
+    types: dict[str, str] = (
+        {x.name: str(x.type) for x in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    )
+    f = cls(**{key: _value(name, key, value, types[key]) for key, value in options.items()})
+    if not isinstance(unit_curvature, bool):
+        raise ValueError(f"{name}: unit_curvature must be true or false, not {unit_curvature!r}")
     if not unit_curvature:
         return f
     if not f.curvature > 0:
@@ -57,11 +69,19 @@ def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence
     return Scaled(f, 1 / f.curvature)
 
 
-def _value(name: str, key: str, value: Any) -> Any:
-    if isinstance(value, list | tuple):  # a mixture's weights, or its components
-        return tuple(get(x) if isinstance(x, str | Mapping) else _value(name, key, x) for x in value)
+def _value(name: str, key: str, value: Any, kind: str) -> Any:
+    """A parameter's value, checked against the text of its annotation."""
     if isinstance(value, Divergence):
         return value
+    if "tuple" in kind:  # a mixture's weights, or its components
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}: {key} must be a list, not {value!r}")
+        inner = "Divergence" if "Divergence" in kind else "float"
+        return tuple(_value(name, f"{key}[{i}]", x, inner) for i, x in enumerate(value))
+    if kind == "Divergence":
+        if not isinstance(value, str | Mapping):
+            raise ValueError(f"{name}: {key} must name a divergence, not {value!r}")
+        return get(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name}: {key} must be a finite number, not {value!r}")
     return value

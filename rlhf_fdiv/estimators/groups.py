@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rlhf_fdiv.estimators.loss import Advantages
+from rlhf_fdiv.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class GRPO(Reinforce):
     contains the score itself, a factor (K − 1)/K, and the std reweights prompts."""
 
     scale_rewards: bool = True
-    clip_range: float | None = 0.2  # type: ignore[misc]
-    num_epochs: int = 1  # type: ignore[misc]
+    clip_range: Positive | None = 0.2  # type: ignore[misc]
+    num_epochs: Count = 1  # type: ignore[misc]
     min_generations: ClassVar[int] = 2
     name: ClassVar[str] = "grpo"
 

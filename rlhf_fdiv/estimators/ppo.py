@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fdiv.estimators.loss import Advantages
+from rlhf_fdiv.ranges import Count, NotNegative, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,13 @@ class PPO:
     value head it is `reinforce`, sample by sample.
     """
 
-    num_epochs: int = 2
-    num_minibatches: int = 2
-    clip_range: float | None = 0.2
-    gamma: float = 1.0
-    lam: float = 0.95
-    vf_coef: float = 0.1
-    clip_range_value: float | None = 0.2
+    num_epochs: Count = 2
+    num_minibatches: Count = 2
+    clip_range: Positive | None = 0.2
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    vf_coef: NotNegative = 0.1
+    clip_range_value: Positive | None = 0.2
     whiten_advantages: bool = True
     value_head: ClassVar[bool] = True
     min_generations: ClassVar[int] = 1

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib
 import os
+import platform
 import sys
+import warnings
 from typing import Any
 
+import datasets
 import torch
+import transformers
 
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.config import RunConfig
@@ -24,12 +29,14 @@ def run_stage(name: str) -> None:
             raise UserError(f"usage: python -m rlhf_fdiv.stages.{name} CONFIG [a.b=value …]")
         execute(configs.load(sys.argv[1], [*sys.argv[2:], f"stages=[{name}]"]), [name])
     except UserError as error:
-        sys.exit(f"error: {error}")
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
 
 
 def execute(config: RunConfig, stages: list[str]) -> RunFolder:
     """Runs the stages in order; a finished one is skipped, an interrupted one goes on from its last checkpoint."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    prepare_process()
     folder = RunFolder(config)
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process:
@@ -44,6 +51,23 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
             with folder.running(name) as out:
                 importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
     return folder
+
+
+def prepare_process() -> None:
+    """No telemetry, no library chatter, and on a CPU the memory of one step kept for the next.
+
+    glibc returns every large tensor to the system and takes it back page by page: a forward of 32 × 36 tokens of a
+    135 M model took 8.7 s that way and 0.3 s with its memory kept, on a virtual machine with two cores.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    if not torch.cuda.is_available() and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26)):
+            libc.mallopt(option, value)
 
 
 def starting_model(config: RunConfig, folder: RunFolder) -> str:

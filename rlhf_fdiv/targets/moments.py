@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fdiv.ranges import Count
 from rlhf_fdiv.targets.partition import effective_sample_size
 
 
@@ -21,17 +22,17 @@ class Moments:
     """
 
     moments: dict[str, float]
-    num_prompts: int = 64
-    num_generations: int = 16
+    num_prompts: Count = 64
+    num_generations: Count = 16
     lambdas: dict[str, float] = field(default_factory=dict)
     name: ClassVar[str] = "moments"
     has_zeros: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.moments:
-            raise ValueError("target.moments needs at least one scorer with its mean")
+            raise ValueError("moments: needs at least one scorer with its mean")
         if self.lambdas and self.lambdas.keys() != self.moments.keys():
-            raise ValueError(f"target.lambdas must have the keys of target.moments: {', '.join(self.moments)}")
+            raise ValueError(f"lambdas: must have the keys of target.moments: {', '.join(self.moments)}")
 
     @property
     def scorers(self) -> tuple[str, ...]:

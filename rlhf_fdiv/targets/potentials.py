@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from rlhf_fdiv.ranges import BelowOne, Positive
+
 
 @dataclass(frozen=True)
 class Tilted:
     """potential = r/β: the target of RLHF, p ∝ a·exp(r/β)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     reward: str = "reward"
     name: ClassVar[str] = "tilted"
     has_zeros: ClassVar[bool] = False
@@ -40,7 +42,7 @@ class Pointwise:
     """
 
     scorer: str
-    floor: float = 0.0
+    floor: BelowOne = 0.0
     name: ClassVar[str] = "pointwise"
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class Product:
 
     def __post_init__(self) -> None:
         if not self.of:
-            raise ValueError("target.of: a product needs at least one target")
+            raise ValueError("of: a product needs at least one target")
         flat = [part for t in self.of for part in (t.of if isinstance(t, Product) else [t])]
         object.__setattr__(self, "of", flat)
 
