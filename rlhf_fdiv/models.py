@@ -60,7 +60,13 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         merged: Any = PeftModel.from_pretrained(load_causal_lm(base, options), path).merge_and_unload().eval()
         merged.name_or_path = path  # which an adapter trained on it names as its base
         return merged
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    # logits_to_keep hands the head a strided view, and PyTorch multiplies a strided view by frozen weights as B copies of
+    # them: 1.8 GB copied for 32 × 25 positions of SmolLM2, five times the whole forward
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, inputs: (inputs[0].contiguous(), *inputs[1:])
+    )
+    return model
 
 
 class TokenOutputs(NamedTuple):

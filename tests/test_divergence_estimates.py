@@ -130,7 +130,7 @@ def test_the_samples_drawn_in_exact_proportion_give_the_exact_divergence(f):
 @registered
 def test_an_atom_of_p_0_costs_f_prime_of_infinity_as_in_the_exact_divergence(f):
     pi, p = (0.5, 0.3, 0.2), (0.35, 0.65, 0.0)
-    value = D.estimate(f, *_drawn_in_proportion(pi, p)).value
+    value = D.estimate(f, *_drawn_in_proportion(pi, p, n=20_000)).value
     assert value == pytest.approx(D.exact(f, T(*pi).log(), T(*p).log()).item(), rel=1e-8)
 
 
@@ -156,7 +156,7 @@ def test_two_equal_distributions_are_at_0_with_no_error(f):
     assert estimate(f, torch.zeros(10)) == (0, 0, 10, "")
 
 
-@pytest.mark.parametrize("f", [f for f in BOUNDED if f.f_at_zero < INF], ids=D.label)
+@pytest.mark.parametrize("f", [f for f in BOUNDED if not f.f_at_zero > 4 * f.curvature], ids=D.label)
 def test_only_log_ratios_matter_and_neither_their_order_nor_their_precision(f):
     s, shift = log_ratios(0.5), torch.linspace(-300, 0, 1000).double()
     e = estimate(f, s)

@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from rlhf_fdiv import reward_models
 from rlhf_fdiv.config import parse
 from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.reward_models import is_reward_folder
 from rlhf_fdiv.rewards import (
     Function,
     Length,
@@ -22,7 +23,6 @@ from rlhf_fdiv.rewards import (
     Scorers,
     Threshold,
     check_scorers,
-    is_reward_folder,
 )
 
 CPU = torch.device("cpu")

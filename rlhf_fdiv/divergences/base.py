@@ -30,7 +30,7 @@ class Divergence:
         for needed in ("f_prime", "f_prime_at_infinity"):
             if needed not in cls.__dict__ and needed not in inspect.get_annotations(cls):
                 raise TypeError(f"{cls.__name__} defines f but not {needed}: they belong to one f, give both")
-        for derived in ("f_prime_inverse", "conjugate", "dual", "curvature", "f_at_zero"):
+        for derived in ("f_prime_inverse", "conjugate", "dual", "curvature", "f_at_zero", "summand"):
             if derived not in cls.__dict__:
                 setattr(cls, derived, Divergence.__dict__[derived])
 
@@ -45,9 +45,11 @@ class Divergence:
     def f_prime_inverse(self, u: Tensor) -> Tensor:
         """log t with f'(t) = u; −inf at or below the range of f', +inf at or above f'(∞). Default: bisection."""
         x = u.detach().double()
-        low, high = torch.full_like(x, -700.0), torch.full_like(x, 700.0)
+        near = torch.full_like(x, 700.0)  # e^s overflows beyond, which only an f' that is still short of u must bear
+        low = torch.where(self.f_prime(-near) < x, -near, -1e5)
+        high = torch.where(self.f_prime(near) < x, 1e5, near)
         beneath = x <= self.f_prime(low)
-        for _ in range(80):
+        for _ in range(110):
             middle = (low + high) / 2
             under = self.f_prime(middle) < x
             low, high = torch.where(under, middle, low), torch.where(under, high, middle)
@@ -59,8 +61,30 @@ class Divergence:
         x = u.detach().double()
         s = self.f_prime_inverse(x)
         t_at = s.clamp(-700.0, 700.0)
-        inside = torch.where(s == -math.inf, -self.f_at_zero, x * t_at.exp() - self.f(t_at))
-        return torch.where(x > self.f_prime_at_infinity, math.inf, inside).to(u.dtype)
+        value = torch.where(s == -math.inf, -self.f_at_zero, x * t_at.exp() - self.f(t_at))
+        value = torch.where(x >= self.f_prime_at_infinity, self._conjugate_at_top(), value)
+        return torch.where((x > self.f_prime_at_infinity) | (x == math.inf), math.inf, value).to(u.dtype)
+
+    def _conjugate_at_top(self) -> float:
+        """f*(f'(∞)) = lim t·f'(t) − f(t), from three values of t by Aitken's extrapolation, exact for a power law."""
+        s = torch.tensor([9.0, 12.0, 15.0], dtype=torch.float64)
+        a, b, c = (s.exp() * self.f_prime(s) - self.f(s)).tolist()
+        first, second = b - a, c - b
+        if abs(second) <= 1e-9 * max(abs(c), 1.0):
+            return c
+        return math.inf if second >= 0.9 * first else c - second**2 / (second - first)
+
+    def summand(self, s: Tensor) -> Tensor:
+        """g(s) with E_π[g] = D_f(π‖p), for sampling: f(t)/t − c·(1/t − 1), which E_π[1/t] = 1 makes exact for any c.
+
+        c = f(0) removes the heavy tail that 1/t has far from p; an f whose f(0) is out of proportion to its curvature
+        (alpha near 0) would pay for that near p, and keeps c = 0.
+        """
+        c = self.f_at_zero
+        c = 0.0 if c > 4 * self.curvature or math.isinf(c) else c
+        g = self.dual().f(-s)
+        g = g - c * torch.expm1(-s) if c else g
+        return torch.where(s == math.inf, self.f_prime_at_infinity + c, g)
 
     def dual(self) -> Divergence:
         """f* with f*(t) = t·f(1/t), so that D_dual(p‖π) = D_f(π‖p)."""
@@ -69,9 +93,11 @@ class Divergence:
     @property
     def curvature(self) -> float:
         """f''(1); nan at a kink. Default: central differences."""
-        slopes = [float(self.f_prime(torch.tensor(h).double()) - self.f_prime(torch.tensor(-h).double())) / (2 * h)
-                  for h in (1e-4, 1e-5)]  # fmt: skip
-        return slopes[1] if abs(slopes[0] - slopes[1]) <= 1e-3 * max(abs(slopes[1]), 1e-6) else math.nan
+        wide, narrow = (
+            float(self.f_prime(torch.tensor(h).double()) - self.f_prime(torch.tensor(-h).double())) / (2 * h)
+            for h in (1e-4, 1e-5)
+        )
+        return math.nan if narrow > 2 * wide else narrow
 
     @property
     def f_at_zero(self) -> float:
@@ -126,6 +152,9 @@ class Scaled(Divergence):
 
     def conjugate(self, u: Tensor) -> Tensor:
         return self.factor * self.of.conjugate(u / self.factor)
+
+    def summand(self, s: Tensor) -> Tensor:
+        return self.factor * self.of.summand(s)
 
     def dual(self) -> Divergence:
         return Scaled(self.of.dual(), self.factor)

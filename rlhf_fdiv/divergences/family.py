@@ -32,6 +32,15 @@ def _t_log_t(s: Tensor) -> Tensor:
     return torch.where(near, z.exp() * _expm1_minus(-z), 1 + far.exp() * (far - 1))
 
 
+def _log_mix(s: Tensor, w: float) -> Tensor:
+    """log(w·e^s + 1 − w): accurate near 0, and finite with its gradient far from it."""
+    near = s.abs() < 1
+    z = torch.where(near, s, 0.0)
+    return torch.where(
+        near, torch.log1p(w * torch.expm1(z)), torch.logaddexp(s + math.log(w), s.new_tensor(math.log1p(-w)))
+    )
+
+
 @dataclass(frozen=True, repr=False)
 class ReverseKL(Divergence):
     """KL(π‖p), mode seeking: the KL of RLHF and of PPO's penalty."""
@@ -56,6 +65,9 @@ class ReverseKL(Divergence):
 
     def dual(self) -> Divergence:
         return ForwardKL()
+
+    def summand(self, s: Tensor) -> Tensor:
+        return s  # k1, without the rounding of f(t)/t + (1 − 1/t)
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,23 +114,24 @@ class SkewJS(Divergence):
 
     def _log_to_m(self, s: Tensor) -> Tensor:
         """log π/m; log p/m is the same function of −s with 1−w."""
-        return -torch.log1p((1 - self.w) * torch.expm1(-s))
+        return -_log_mix(-s, 1 - self.w)
 
     def f(self, s: Tensor) -> Tensor:
-        log_m = torch.log1p(self.w * torch.expm1(s))  # log m/p
+        log_m = _log_mix(s, self.w)  # log m/p
         return self.w * log_m.exp() * _t_log_t(self._log_to_m(s)) + (1 - self.w) * _expm1_minus(log_m)
 
     def f_prime(self, s: Tensor) -> Tensor:
         return self.w * self._log_to_m(s)
 
     def f_prime_inverse(self, u: Tensor) -> Tensor:
-        v = u / self.w
-        return math.log1p(-self.w) + v - torch.log1p(-self.w * v.clamp(max=-math.log(self.w)).exp())
+        v = (u / self.w).clamp(max=-math.log(self.w))
+        s = math.log1p(-self.w) + v - torch.log1p(-self.w * v.exp())
+        return torch.where(u >= self.f_prime_at_infinity, math.inf, s)
 
     def conjugate(self, u: Tensor) -> Tensor:
         v = (u / self.w).clamp(max=-math.log(self.w))
         value = (1 - self.w) * (math.log1p(-self.w) - torch.log1p(-self.w * v.exp()))
-        return torch.where(u > self.f_prime_at_infinity, math.inf, value)
+        return torch.where(u >= self.f_prime_at_infinity, math.inf, value)
 
     def dual(self) -> Divergence:
         return SkewJS(1 - self.w)
@@ -211,7 +224,7 @@ class NeymanChi2(Divergence):
         return -torch.log1p(-u.clamp(max=1)) / 2
 
     def conjugate(self, u: Tensor) -> Tensor:
-        return torch.where(u > 1, math.inf, 2 * u / (1 + (1 - u.clamp(max=1)).sqrt()))
+        return torch.where(u > 1, math.inf, -2 * torch.expm1(torch.log1p(-u.clamp(max=1)) / 2))
 
     def dual(self) -> Divergence:
         return PearsonChi2()
@@ -237,7 +250,7 @@ class Hellinger(Divergence):
         return -2 * torch.log1p(-2 * u.clamp(max=0.5))
 
     def conjugate(self, u: Tensor) -> Tensor:
-        return torch.where(u > 0.5, math.inf, u / (1 - 2 * u.clamp(max=0.5)))
+        return torch.where(u > 0.5, math.inf, torch.expm1(-torch.log1p(-2 * u.clamp(max=0.5))) / 2)
 
     def dual(self) -> Divergence:
         return self
@@ -322,6 +335,9 @@ class ChiMix(Divergence):
 
     def f_prime(self, s: Tensor) -> Tensor:
         return torch.expm1(s) + s
+
+    def dual(self) -> Divergence:
+        return Mixture((NeymanChi2(), ForwardKL()), (0.5, 1.0))
 
 
 @dataclass(frozen=True, repr=False)

@@ -96,11 +96,13 @@ def _dual(f: Divergence) -> str | None:
 
 def _curvature(f: Divergence) -> str | None:
     numeric = Divergence.curvature.fget(f)  # type: ignore[attr-defined]
-    same = math.isclose(numeric, f.curvature, rel_tol=1e-4) or (math.isnan(numeric) and math.isnan(f.curvature))
+    same = math.isclose(numeric, f.curvature, rel_tol=1e-4, abs_tol=1e-7) or (
+        math.isnan(numeric) and math.isnan(f.curvature)
+    )
     return None if same else f"curvature is declared {f.curvature:g}, f''(1) is {numeric:g}"
 
 
 def _finite(f: Divergence) -> str | None:
-    values: list[Callable[[Tensor], Tensor]] = [f.f, f.f_prime]
+    values: list[Callable[[Tensor], Tensor]] = [f.f, f.f_prime, f.dual().f]
     far = torch.tensor([-80.0, 80.0])
     return "nan at s = ±80 in float32" if any(bool(v(far).isnan().any()) for v in values) else None

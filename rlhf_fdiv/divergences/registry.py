@@ -46,7 +46,9 @@ def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence
     value.
     """
     if isinstance(spec, Divergence):
-        return spec
+        if params.keys() - {"unit_curvature"}:
+            raise ValueError(f"{label(spec)} has its parameters already; give a name to set {', '.join(params)}")
+        return _scaled(spec, params.get("unit_curvature", False))
     options = {**({"name": spec} if isinstance(spec, str) else spec), **params}
     name = options.pop("name", None)
     if not isinstance(name, str):
@@ -60,8 +62,12 @@ def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence
         {x.name: str(x.type) for x in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     )
     f = cls(**{key: _value(name, key, value, types[key]) for key, value in options.items()})
+    return _scaled(f, unit_curvature)
+
+
+def _scaled(f: Divergence, unit_curvature: Any) -> Divergence:
     if not isinstance(unit_curvature, bool):
-        raise ValueError(f"{name}: unit_curvature must be true or false, not {unit_curvature!r}")
+        raise ValueError(f"{f.name}: unit_curvature must be true or false, not {unit_curvature!r}")
     if not unit_curvature:
         return f
     if not f.curvature > 0:
@@ -71,15 +77,13 @@ def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence
 
 def _value(name: str, key: str, value: Any, kind: str) -> Any:
     """A parameter's value, checked against the text of its annotation."""
-    if isinstance(value, Divergence):
-        return value
     if "tuple" in kind:  # a mixture's weights, or its components
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: {key} must be a list, not {value!r}")
         inner = "Divergence" if "Divergence" in kind else "float"
         return tuple(_value(name, f"{key}[{i}]", x, inner) for i, x in enumerate(value))
     if kind == "Divergence":
-        if not isinstance(value, str | Mapping):
+        if not isinstance(value, str | Mapping | Divergence):
             raise ValueError(f"{name}: {key} must name a divergence, not {value!r}")
         return get(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
