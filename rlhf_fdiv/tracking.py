@@ -22,11 +22,20 @@ from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError
 
 _FREE_KEYS = ("stages", "resume", "report_to", "output_dir")  # may change between two calls of one run
-_SECTION_OF = {
-    "sft": ("model", "data", "sft", "seed"),
-    "reward": ("model", "data", "reward", "seed"),
-    "policy": ("model", "data", "policy", "divergence", "objective", "target", "estimator", "seed"),
+_MADE_FROM = {  # the keys that what a stage makes depends on
+    "sft": ("model.name_or_path", "model.dtype", "data.sft_train", "sft", "seed"),
+    "reward": ("model.name_or_path", "model.dtype", "data.preferences_train", "reward", "seed"),
+    "policy": ("model", "data.prompts_train", "policy", "divergence", "objective", "target", "estimator", "seed"),
 }
+
+
+def _made_from(stage: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that `stage` depends on, by dotted key."""
+    values: dict[str, Any] = {}
+    for key in _MADE_FROM.get(stage, ()):
+        section, _, field = key.partition(".")
+        values[key] = (config.get(section) or {}).get(field) if field else config.get(section)
+    return values
 
 
 class RunFolder:
@@ -63,8 +72,7 @@ class RunFolder:
         """Raises UserError where a stage before `resume` was made with another config."""
         new = to_dict(self.config)
         for stage in STAGES[: STAGES.index(resume)]:
-            keys = _SECTION_OF.get(stage, ())
-            changed = differences({k: old.get(k) for k in keys}, {k: new[k] for k in keys})
+            changed = differences(_made_from(stage, old), _made_from(stage, new))
             if changed and self.stage(stage).exists():
                 raise UserError(
                     f"{self.path}: its {stage} stage was made with another config ({'; '.join(changed)}), and "
@@ -90,9 +98,7 @@ class RunFolder:
         if not is_finished(other / stage):
             raise UserError(f"reuse: {other / stage} is not a finished stage")
         theirs = read_resolved(other)
-        mine = to_dict(self.config)
-        keys = _SECTION_OF[stage]
-        if changed := differences({k: theirs.get(k) for k in keys}, {k: mine[k] for k in keys}):
+        if changed := differences(_made_from(stage, theirs), _made_from(stage, to_dict(self.config))):
             raise UserError(f"reuse: the {stage} stage of {other} was made with another config ({'; '.join(changed)})")
         return other / stage
 

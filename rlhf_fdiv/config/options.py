@@ -98,7 +98,6 @@ class EvaluateOptions:
     divergences: list[Any] = field(
         default_factory=lambda: ["reverse_kl", "forward_kl", "js", "tv", "hellinger", "pearson_chi2"]
     )
-    gold: str = "gold"
     perplexity_rows: CountOrNone = 128
     samples: CountOrNone = 10
 

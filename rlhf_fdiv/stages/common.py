@@ -17,8 +17,10 @@ import transformers
 
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
 from rlhf_fdiv.errors import UserError, did_you_mean
-from rlhf_fdiv.rewards import RewardModel
+from rlhf_fdiv.models import context_length, load_tokenizer
+from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel
 from rlhf_fdiv.tracking import RunFolder, is_finished
 
 
@@ -39,6 +41,7 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
     prepare_process()
     folder = RunFolder(config)
     main_process = int(os.environ.get("RANK", "0")) == 0
+    check_inputs(config, stages)
     if main_process:
         folder.prepare()
     for name in stages:
@@ -51,6 +54,44 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
             with folder.running(name) as out:
                 importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
     return folder
+
+
+def check_inputs(config: RunConfig, stages: list[str]) -> None:
+    """Reads every file that the stages will need, before any model is loaded. Raises UserError with all problems."""
+    needs: dict[str, dict[str, dict[str, type]]] = {
+        "sft": {"sft_train": COMPLETIONS},
+        "reward": {"preferences_train": PREFERENCES, "preferences_eval": PREFERENCES},
+        "policy": {"prompts_train": PROMPTS},
+        "evaluate": {"prompts_eval": PROMPTS, "sft_eval": COMPLETIONS},
+    }
+    problems: list[str] = []
+    prompts: dict[str, Rows] = {}
+
+    def collect(check: Any, *args: Any) -> Any:
+        try:
+            return check(*args)
+        except UserError as error:
+            problems.extend(p for p in error.problems if p not in problems)
+
+    for key, fields in {k: v for stage in stages for k, v in needs[stage].items()}.items():
+        source = getattr(config.data, key)
+        rows = collect(read_rows, source, fields) if source else None
+        if rows and fields is PROMPTS:
+            prompts[source] = rows
+    if "policy" in stages or "evaluate" in stages:
+        for spec in config.scorers.values():
+            if isinstance(spec, NgramRidge):
+                collect(read_rows, spec.data, RATINGS)
+            elif isinstance(spec, Function):
+                collect(spec.open, torch.device("cpu"))
+    name = config.policy.model or config.model.name_or_path
+    tokenizer = collect(load_tokenizer, name)
+    context = collect(context_length, name)
+    if tokenizer is not None and context is not None:
+        for source, rows in prompts.items():
+            collect(tokenize_prompts, rows, tokenizer, source, context - config.policy.max_completion_length)
+    if problems:
+        raise UserError(*problems)
 
 
 def prepare_process() -> None:
