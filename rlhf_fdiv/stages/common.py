@@ -103,6 +103,7 @@ def prepare_process() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not torch.cuda.is_available() and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -35,6 +35,7 @@ class Log:
         self.console = Console(quiet=not writes, highlight=False)
         self.completions: list[dict[str, Any]] = []
         self.first_objective: float | None = None
+        self.seconds = 0.0
         self.texts: dict[str, list[Any]] = {}
         self.at_step = resume_step
 
@@ -114,8 +115,13 @@ class Log:
     def _show(self, step: int, values: dict[str, float]) -> None:
         rewards = [n for n in self.config.target.scorers if n in values]
         shown = [f"{n} {values[n]:.3g}" for n in (*SHOWN[:1], *rewards, *SHOWN[1:]) if math.isfinite(values[n])]
+        self.seconds = values["seconds"] if not self.seconds else 0.9 * self.seconds + 0.1 * values["seconds"]
+        left = (self.config.policy.max_steps - step) * self.seconds
+        figures = "  ".join(shown)
         self.console.print(
-            f"[bold]{step:>5}/{self.config.policy.max_steps}[/]  " + "  ".join(shown) + f"  {values['seconds']:.1f}s"
+            f"[bold]{step:>5}/{self.config.policy.max_steps}[/]  {figures}  {values['seconds']:.1f} s, "
+            f"{left / 60:.0f} min left",
+            soft_wrap=True,
         )
         if self.first_objective is None:
             self.first_objective = values["objective"]
