@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
-from rlhf_fdiv.ranges import Count, NotNegative, Positive
+from rlhf_fdiv.ranges import Count, NotNegative, Number, Positive
 
 
-def _check_clip(clip: tuple[float, float] | None) -> None:
+def _check_clip(clip: tuple[Number, Number] | None) -> None:
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip: must be a lower and a higher bound, not {clip}")
 
@@ -35,7 +35,7 @@ class RewardModel:
     """
 
     path: str | None = None
-    clip: tuple[float, float] | None = None
+    clip: tuple[Number, Number] | None = None
     batch_size: Count = 64
     name: ClassVar[str] = "reward_model"
 
@@ -66,7 +66,7 @@ class NgramRidge:
     reward, for checking it ("gold"). Clipped to the range of the ratings' scale."""
 
     data: str
-    clip: tuple[float, float] = (-4.0, 4.0)
+    clip: tuple[Number, Number] = (-4.0, 4.0)
     alpha: NotNegative = 1.0
     name: ClassVar[str] = "ngram_ridge"
 
@@ -126,7 +126,7 @@ class Threshold:
     """1 where another scorer exceeds `above`, else 0."""
 
     of: str
-    above: float = 0.0
+    above: Number = 0.0
     name: ClassVar[str] = "threshold"
 
 

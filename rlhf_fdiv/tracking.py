@@ -103,12 +103,14 @@ class RunFolder:
         return other / stage
 
     @contextlib.contextmanager
-    def running(self, name: str) -> Iterator[Path]:
-        """Times a stage and marks it finished in the manifest; an exception leaves it unfinished."""
+    def running(self, name: str, writes: bool = True) -> Iterator[Path]:
+        """Times a stage and, on the process that writes, marks it finished; an exception leaves it unfinished."""
         folder = self.stage(name)
         folder.mkdir(parents=True, exist_ok=True)
         start = time.time()
         yield folder
+        if not writes:
+            return
         write_atomically(folder / "finished.json", json.dumps({"seconds": round(time.time() - start, 2)}))
         self._note(name, round(time.time() - start, 2))
 

@@ -25,6 +25,7 @@ from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.estimators import ESTIMATORS
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.objectives import OBJECTIVES
+from rlhf_fdiv.ranges import Integer
 from rlhf_fdiv.rewards import SCORERS, check_scorers
 from rlhf_fdiv.targets import TARGETS
 
@@ -39,7 +40,7 @@ _SECTIONS: dict[str, Any] = {
 _CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}
 _PLAIN: dict[str, Any] = {
     "name": str,
-    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+    "seed": Annotated[Integer, Field(ge=0, lt=2**32)],
     "output_dir": Annotated[str, Field(min_length=1)],
     "stages": Annotated[list[Literal["sft", "reward", "policy", "evaluate"]], Field(min_length=1)],
     "reuse": str | None,
@@ -109,15 +110,6 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 def _validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     found: dict[str, str] = {}
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        numbers = [f.name for f in dataclasses.fields(kind) if re.search("int|float|Count|Positive|Share", str(f.type))]
-        for name in [
-            n for n in numbers if isinstance(value.get(n), bool) and "bool" not in str(kind.__annotations__.get(n))
-        ]:
-            found[f"{key}.{name}"] = f"must be a number, not {value[name]!r}"
-        value = {k: v for k, v in value.items() if f"{key}.{k}" not in found}
-    elif key == "seed" and isinstance(value, bool):
-        found[key] = f"must be a number, not {value!r}"
     made = None
     try:
         made = TypeAdapter(kind).validate_python(value)

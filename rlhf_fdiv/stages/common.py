@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import importlib
 import os
 import platform
@@ -41,17 +42,18 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
     prepare_process()
     folder = RunFolder(config)
     main_process = int(os.environ.get("RANK", "0")) == 0
+    say = functools.partial(print, flush=True) if main_process else lambda text: None
     check_inputs(config, stages)
     if main_process:
         folder.prepare()
     for name in stages:
         if is_finished(folder.stage(name)):
-            print(f"{name}: finished before, skipped")
+            say(f"{name}: finished before, skipped")
         elif config.reuse and folder.find(name):
-            print(f"{name}: taken from {config.reuse}")
+            say(f"{name}: taken from {config.reuse}")
         else:
-            print(f"{name}: into {folder.stage(name)}", flush=True)
-            with folder.running(name) as out:
+            say(f"{name}: into {folder.stage(name)}")
+            with folder.running(name, main_process) as out:
                 importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
     return folder
 
