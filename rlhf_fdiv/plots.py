@@ -21,12 +21,12 @@ def plot_divergences(path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for i, name in enumerate(divergences.names()):
         f = divergences.get(name)
-        style = {"color": plt.get_cmap("tab20")(i / 12), "linewidth": 1.6, "label": divergences.label(f)}
+        style = {"color": plt.get_cmap("tab20")(i / 12), "linewidth": 1.6, "label": name}
         left.plot(s / 2.302585, f.f(s), **style)
         right.plot(s / 2.302585, -f.f_prime(s), **style)
     left.set(ylim=(0, 4), xlabel="log₁₀ π/p", title="f(π/p): the price")
     right.set(ylim=(-4, 4), xlabel="log₁₀ π/p", title="−f'(π/p): the pseudo-reward of match")
-    right.legend(fontsize=7, frameon=False, loc="upper right")
+    right.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in (left, right):
         axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
