@@ -112,6 +112,7 @@ def main() -> None:
     """The console script: a user's mistake ends with its message and exit code 2, never with a traceback."""
     from rlhf_fdiv.errors import UserError
 
+    sys.path.insert(0, str(Path.cwd()))  # so that package.module:name finds a user's own file, as python -m does
     try:
         app()
     except UserError as error:

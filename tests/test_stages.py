@@ -506,18 +506,21 @@ def test_evaluate_of_a_target_with_atoms_of_zero(policy):
 
 @pytest.mark.parametrize(
     "few",
-    [
-        ("evaluate.num_prompts=1",),
-        ("evaluate.num_generations=1",),
-        ("evaluate.num_prompts=1", "evaluate.num_generations=1"),
-    ],
-    ids=["one-prompt", "one-completion", "one-text"],
+    ["evaluate.num_prompts=1", "evaluate.num_generations=1"],
 )
 def test_evaluate_of_hardly_anything_still_writes_its_report(policy, few):
-    report = evaluated(policy("stages=[policy, evaluate]", "policy.max_steps=1", "policy.learning_rate=.1", *few))
+    report = evaluated(policy("stages=[policy, evaluate]", "policy.max_steps=1", "policy.learning_rate=.1", few))
     assert isinstance(report["policy"]["kl_reference"], float)
-    if "evaluate.num_prompts=1" in few:
+    if few == "evaluate.num_prompts=1":
         assert report["paired"]["praise_gain_se"] is None, "one prompt has no standard error"
+
+
+def test_one_text_alone_cannot_be_measured_and_this_is_told(policy):
+    """Not by a traceback from the estimator."""
+    (message,) = problems(policy, "stages=[policy, evaluate]", "evaluate.num_prompts=1", "evaluate.num_generations=1")
+    assert "evaluate" in message
+    (message,) = problems(policy, "policy.num_prompts=1", "policy.num_generations=1", "estimator=reinforce", "name=one")
+    assert "policy.num_generations" in message
 
 
 def test_prompts_without_references_and_no_held_out_text_are_fine(policy, tmp_path):

@@ -34,13 +34,21 @@ def exact(f: Divergence, log_pi: Tensor, log_p: Tensor) -> Tensor:
     return perspective(f, log_pi, log_p).sum(-1)
 
 
-class Estimate(NamedTuple):
-    """A measured D_f in nats; `reason` is empty, or says why `value` and `standard_error` are withheld as nan."""
-
+class _Figures(NamedTuple):
     value: float
     standard_error: float
     ess: float
-    reason: str = ""
+
+
+class Estimate(_Figures):
+    """(value, standard_error, ess) of a measured D_f, in nats; `reason` is empty, or says why the first two are nan."""
+
+    reason: str
+
+    def __new__(cls, value: float, standard_error: float, ess: float, reason: str = "") -> Estimate:
+        estimate = super().__new__(cls, value, standard_error, ess)
+        estimate.reason = reason
+        return estimate
 
 
 MAX_SKEWNESS = 0.4  # of the mean itself; above it, a simulated 95 % interval covers less than 92 %

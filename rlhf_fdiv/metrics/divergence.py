@@ -41,7 +41,8 @@ def measure_all(
     """D_f(π‖p) for each f from samples of π, [N] each: value and standard error, or the reason why it is not measurable."""
     table: dict[str, dict[str, Any]] = {}
     for f in fs:
-        value, error, ess, reason = divergences.estimate(f, log_pi, log_p, groups)
+        measured = divergences.estimate(f, log_pi, log_p, groups)
+        (value, error, ess), reason = measured, measured.reason
         if not reason and bias > max(error, 0.02):
             value, error, reason = (
                 math.nan,

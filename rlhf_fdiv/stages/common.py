@@ -35,6 +35,9 @@ def run_stage(name: str) -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def execute(config: RunConfig, stages: list[str]) -> RunFolder:

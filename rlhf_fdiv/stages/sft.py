@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -81,4 +80,3 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
 if __name__ == "__main__":
     run_stage("sft")
-    torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
