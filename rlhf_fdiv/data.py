@@ -168,6 +168,11 @@ def _surrogate(text: str) -> str:
     return next((f"\\u{ord(c):04x}" for c in text if 0xD800 <= ord(c) <= 0xDFFF), "")
 
 
+def extra_columns(rows: Rows) -> dict[str, list[Any]]:
+    """What all rows have beside their prompt, by column, as scorers take it."""
+    return {k: [row[k] for row in rows] for k in rows[0] if k != "prompt" and all(k in row for row in rows)}
+
+
 def file_hash(source: str) -> str:
     """sha256 of a data file, for the manifest; empty for folders and hub names."""
     path = Path(locate(source))

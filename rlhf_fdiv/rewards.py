@@ -168,7 +168,7 @@ class Scorers:
         return list(self.specs)
 
     def __call__(
-        self, names: list[str], prompts: list[str], completions: list[str], **columns: Any
+        self, names: list[str], /, prompts: list[str], completions: list[str], **columns: Any
     ) -> dict[str, Tensor]:
         """Each scorer's scores [B] in float32, on the device. Raises UserError for a wrong count, type or nan."""
         scores: dict[str, Tensor] = {}
@@ -187,7 +187,12 @@ class Scorers:
             return scores[name]
         if name not in self._open:
             self._open[name] = spec.open(self.device)
-        values = self._open[name](prompts=prompts, completions=completions, **columns)
+        try:
+            values = self._open[name](prompts=prompts, completions=completions, **columns)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}") from error
         scores[name] = _checked(name, values, completions).to(self.device)
         return scores[name]
 

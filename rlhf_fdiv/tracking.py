@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -66,7 +67,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made: {error}") from error
-        write_atomically(written, dump(self.config))
+        write_atomically(written, dump(dataclasses.replace(self.config, resume=None)))
 
     def _check_kept(self, old: dict[str, Any], resume: str) -> None:
         """Raises UserError where a stage before `resume` was made with another config."""
@@ -117,7 +118,9 @@ class RunFolder:
     def _note(self, stage: str, seconds: float) -> None:
         path = self.path / "manifest.json"
         manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        data = {k: v for k, v in to_dict(self.config)["data"].items() if v}
+        config = to_dict(self.config)
+        data = {k: v for k, v in config["data"].items() if v}
+        data |= {f"scorers.{name}.data": spec["data"] for name, spec in config["scorers"].items() if "data" in spec}
         manifest.update(environment(), name=self.config.name, seed=self.config.seed)
         manifest["data_sha256"] = {k: file_hash(v) for k, v in data.items()}
         manifest.setdefault("wall_seconds", {})[stage] = seconds
@@ -176,7 +179,7 @@ class Metrics:
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def _drop_after(self, step: int) -> None:
         """Rows after the checkpoint that a run resumes from will be written again."""

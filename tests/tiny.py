@@ -23,7 +23,6 @@ GOOD, BAD = ["good", "great", "fine"], ["bad", "dull", "weak"]
 FILMS = ["one", "two", "three", "four", "five", "one two", "two three four", "five five", "four one", "three two",
          "one four five", "five two"]  # fmt: skip
 PATTERN = r"\b(good|great|fine)\b"
-NONE = {"divergence": "reverse_kl", "objective": "match", "estimator": "rloo"}
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -105,7 +104,9 @@ def raw_config(model: str, data: dict[str, str], output_dir: Path) -> dict[str, 
         },
         "evaluate": {"num_generations": 4, "batch_size": 16},
         "target": {"name": "tilted", "reward": "reward", "beta": 0.5},
-        **NONE,
+        "divergence": "reverse_kl",
+        "objective": "match",
+        "estimator": "rloo",
     }
 
 

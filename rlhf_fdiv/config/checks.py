@@ -208,6 +208,10 @@ def _conflicts(config: RunConfig) -> list[str]:
                 f"policy.num_generations: {config.estimator.name} needs at least {config.estimator.min_generations} "
                 f"completions a prompt, not {config.policy.num_generations}"
             )
+        if config.policy.num_prompts * config.policy.num_generations < 2:
+            problems.append(
+                "policy.num_generations: a step needs at least 2 completions in all; raise this or num_prompts"
+            )
         if config.policy.per_device_train_batch_size % config.policy.num_generations:
             problems.append("policy.per_device_train_batch_size: must be a multiple of policy.num_generations")
     return problems

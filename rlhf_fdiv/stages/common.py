@@ -17,11 +17,11 @@ import torch
 import transformers
 
 from rlhf_fdiv import config as configs
-from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.config import STAGES, RunConfig
 from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.models import context_length, load_tokenizer
-from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel
+from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
 from rlhf_fdiv.tracking import RunFolder, is_finished
 
 
@@ -49,8 +49,9 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
     check_inputs(config, stages)
     if main_process:
         folder.prepare()
+    again = STAGES[STAGES.index(config.resume) :] if config.resume else ()  # others may look before these are put aside
     for name in stages:
-        if is_finished(folder.stage(name)):
+        if name not in again and is_finished(folder.stage(name)):
             say(f"{name}: finished before, skipped")
         elif config.reuse and folder.find(name):
             say(f"{name}: taken from {config.reuse}")
@@ -89,9 +90,12 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
                 collect(read_rows, spec.data, RATINGS)
             elif isinstance(spec, Function):
                 collect(spec.open, torch.device("cpu"))
-    name = config.policy.model or config.model.name_or_path
-    tokenizer = collect(load_tokenizer, name)
-    context = collect(context_length, name)
+    policy_model = config.policy.model or config.model.name_or_path
+    if {"sft", "reward"} & set(stages) and config.model.name_or_path != policy_model:
+        collect(load_tokenizer, config.model.name_or_path)
+        collect(context_length, config.model.name_or_path)
+    tokenizer = collect(load_tokenizer, policy_model)
+    context = collect(context_length, policy_model)
     if tokenizer is not None and context is not None:
         for source, rows in prompts.items():
             collect(tokenize_prompts, rows, tokenizer, source, context - config.policy.max_completion_length)
@@ -129,10 +133,14 @@ def starting_model(config: RunConfig, folder: RunFolder) -> str:
     return config.model.name_or_path
 
 
-def resolve_scorers(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
-    """The config's scorers, with the run's own reward model where a path is left open."""
+def resolve_scorers(config: RunConfig, folder: RunFolder, needed: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The config's scorers, or those that `needed` are made of, with the run's own reward model where a path is left open."""
+    names = list(config.scorers if needed is None else needed)
+    for name in names:
+        if isinstance(spec := config.scorers[name], Threshold) and spec.of not in names:
+            names.append(spec.of)
     resolved = {}
-    for name, spec in config.scorers.items():
+    for name, spec in ((n, s) for n, s in config.scorers.items() if n in names):
         if isinstance(spec, RewardModel) and spec.path is None:
             made = folder.find("reward")
             if made is None:

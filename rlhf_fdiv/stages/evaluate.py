@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_fdiv import divergences, metrics, targets
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, read_rows, tokenize_prompts
+from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, extra_columns, read_rows, tokenize_prompts
 from rlhf_fdiv.divergences import clustered_error
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
@@ -43,6 +43,8 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         raise UserError(f"{folder.path}: the policy stage is not finished; run it before evaluate")
     source = str(config.data.prompts_eval)
     rows = read_rows(source, PROMPTS, options.num_prompts)
+    if len(rows) * options.num_generations < 2:
+        raise UserError("evaluate: one completion cannot be measured; raise num_prompts or num_generations")
     tokenizer = load_tokenizer(start)
     length = config.policy.max_completion_length
     ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - length)
@@ -61,10 +63,11 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     logs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     report: dict[str, Any] = {}
     repeated = [row for row in rows for _ in range(k)]
+    prompts, columns = [r["prompt"] for r in repeated], extra_columns(repeated)
     for name, lm in models.items():
         drawn = draw(lm, tokenizer, ids, k, noise, options.batch_size)
         texts[name] = [t for d in drawn for t in d.texts(tokenizer)]
-        scores[name] = scorers(scorers.names, [r["prompt"] for r in repeated], texts[name])
+        scores[name] = scorers(scorers.names, **columns | {"prompts": prompts, "completions": texts[name]})
         parts = [metrics.score_both(models["policy"], models["sft"], d.sequences, options.batch_size) for d in drawn]
         logs[name] = tuple(torch.cat(x) for x in zip(*parts, strict=True))  # type: ignore[assignment]
         report[name] = describe(texts[name], scores[name], drawn, repeated, config, groups)
@@ -92,7 +95,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         )
 
     # write
-    table = pd.DataFrame({"prompt": [r["prompt"] for r in repeated]})
+    table = pd.DataFrame({"prompt": prompts})
     for name in models:
         table[name] = texts[name]
         for scorer, values in scores[name].items():

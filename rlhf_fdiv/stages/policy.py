@@ -20,7 +20,7 @@ from transformers import get_scheduler
 
 from rlhf_fdiv import targets
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.data import PROMPTS, read_rows, tokenize_prompts
+from rlhf_fdiv.data import PROMPTS, extra_columns, read_rows, tokenize_prompts
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, Reference, context_length, load_policy, load_tokenizer, save_policy
 from rlhf_fdiv.objectives import token_rewards
@@ -32,7 +32,7 @@ from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.targets import LogPartition
-from rlhf_fdiv.tracking import RunFolder, write_atomically
+from rlhf_fdiv.tracking import RunFolder, newest_checkpoint, write_atomically
 
 
 def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
@@ -41,6 +41,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
     # load
     start = starting_model(config, folder)
+    specs = resolve_scorers(config, folder, config.target.scorers)
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
     if options.num_prompts % accelerator.num_processes:
         raise UserError(
@@ -58,7 +59,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, options.max_steps)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
     reference.to(accelerator.device)
-    scorers = Scorers(resolve_scorers(config, folder), accelerator.device)
+    scorers = Scorers(specs, accelerator.device)
     log_partition = LogPartition()
 
     def rollout(
@@ -72,9 +73,8 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         ids = [prompt_ids[i] for i in prompts[mine]]
         drawn = Rollout(*sample(lm, tokenizer, ids, num_generations, noise, options.engine), prompts[mine])
         repeated = [rows[i] for i in drawn.prompts for _ in range(num_generations)]
-        columns = {k: [row[k] for row in repeated] for k in rows[0] if k != "prompt" and all(k in r for r in repeated)}
         texts = {"prompts": [r["prompt"] for r in repeated], "completions": drawn.texts(tokenizer)}
-        return drawn, texts | columns
+        return drawn, extra_columns(repeated) | texts
 
     target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
     step = checkpoints.restore(out, accelerator, wrapped, optimizer, scheduler, log_partition)
@@ -154,7 +154,7 @@ def solve_target(
     """λ of moment constraints and a warm start of log Z, from samples of the reference; kept in target.json for a resume."""
     target, kept = config.target, out / "target.json"
     moments = targets.unsolved(target)
-    if moments is not None and kept.is_file():
+    if moments is not None and kept.is_file() and newest_checkpoint(out):  # which holds the log Z of these samples
         return targets.with_lambdas(target, json.loads(kept.read_text(encoding="utf-8"))["lambdas"])
     num_generations = moments.num_generations if moments else config.policy.warm_start_generations
     if not num_generations:

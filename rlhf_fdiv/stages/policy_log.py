@@ -55,7 +55,7 @@ class Log:
     def require_finite(self, value: Tensor, what: str) -> None:
         """Stops the run at a nan or infinite value, before it reaches the weights."""
         if not bool(torch.isfinite(value).all()):
-            raise UserError(f"step {self.at_step}: the {what} is {float(value)}", self._keep_batch())
+            raise UserError(f"step {self.at_step}: the {what} is {float(value.detach())}", self._keep_batch())
 
     def _keep_batch(self) -> str:
         import pandas as pd
