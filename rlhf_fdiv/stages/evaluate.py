@@ -69,7 +69,12 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         texts[name] = [t for d in drawn for t in d.texts(tokenizer)]
         scores[name] = scorers(scorers.names, **columns | {"prompts": prompts, "completions": texts[name]})
         parts = [metrics.score_both(models["policy"], models["sft"], d.sequences, options.batch_size) for d in drawn]
-        logs[name] = tuple(torch.cat(x) for x in zip(*parts, strict=True))  # type: ignore[assignment]
+        log_pi, log_a, kl = (torch.cat(x) for x in zip(*parts, strict=True))
+        if (
+            name == "policy"
+        ):  # of the softmax that was sampled: in bfloat16 a fresh forward would lower k1 by its rounding
+            log_pi = torch.cat([d.log_probs.double().sum(-1).cpu() for d in drawn])
+        logs[name] = log_pi, log_a, kl
         report[name] = describe(texts[name], scores[name], drawn, repeated, config, groups)
         report[name] |= held_out_perplexity(config, lm, tokenizer)
 
