@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.config import STAGES, RunConfig
@@ -119,6 +120,11 @@ def prepare_process() -> None:
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
         for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26)):
             libc.mallopt(option, value)
+
+
+def process_state() -> PartialState:
+    """This process among those that were launched; without a GPU they are CPU processes, which must be said."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def starting_model(config: RunConfig, folder: RunFolder) -> str:

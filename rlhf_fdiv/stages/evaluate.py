@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from rlhf_fdiv import divergences, metrics, targets
@@ -25,13 +24,13 @@ from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.report import write_report
 from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
-from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
+from rlhf_fdiv.stages.common import process_state, resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.tracking import RunFolder, write_atomically
 
 
 def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     """Writes `metrics.json`, `samples.parquet`, figures and the run's `report.md`; one process does all of it."""
-    state = PartialState()
+    state = process_state()
     if not state.is_main_process:
         return
     options, device = config.evaluate, state.device

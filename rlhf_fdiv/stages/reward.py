@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from rlhf_fdiv.data import PREFERENCES, Rows, read_rows
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.objectives import preference_divergence
 from rlhf_fdiv.reward_models import HeadReward, HiddenStates, fit_head, load_reward_model
-from rlhf_fdiv.stages.common import run_stage, trainer_arguments
+from rlhf_fdiv.stages.common import process_state, run_stage, trainer_arguments
 from rlhf_fdiv.stages.sft import MetricsCallback
 from rlhf_fdiv.tracking import Metrics, RunFolder, write_atomically
 
@@ -38,10 +37,14 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             f"reward.divergence: {divergences.label(f)} is infinite on the {certain} pairs whose raters all agree "
             "(f'(∞) = ∞): set reward.label_smoothing=0.05, or use forward_kl, js, tv, hellinger or alpha < 1"
         )
-    fit = fit_on_hidden_states if options.method == "head" else fine_tune
-    fit(config, rows, preference, f, out)
-    if held_out and PartialState().is_main_process:
-        model = load_reward_model(str(out / "model"), PartialState().device)
+    state = process_state()
+    if options.method == "finetune":
+        fine_tune(config, rows, preference, f, out)
+    elif state.is_main_process:
+        fit_on_hidden_states(config, rows, preference, f, out, state.device)
+    state.wait_for_everyone()
+    if held_out and state.is_main_process:
+        model = load_reward_model(str(out / "model"), state.device)
         report = accuracy(model, held_out, options.batch_size)
         write_atomically(out / "accuracy.json", json.dumps(report, indent=2))
         print("held-out pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in report.items()))
@@ -54,10 +57,10 @@ def soft_labels(rows: Rows, smoothing: float) -> Tensor:
 
 
 def fit_on_hidden_states(
-    config: RunConfig, rows: Rows, preference: Tensor, f: divergences.Divergence, out: Path
+    config: RunConfig, rows: Rows, preference: Tensor, f: divergences.Divergence, out: Path, device: torch.device
 ) -> None:
     """The fast option: hidden states once for each text, then a convex fit of seconds (convex for forward KL)."""
-    options, device = config.reward, PartialState().device
+    options = config.reward
     states = HiddenStates(config.model.name_or_path, config.model.dtype, options.layers, device)
     texts = list(dict.fromkeys((row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")))
     place = {text: i for i, text in enumerate(texts)}
