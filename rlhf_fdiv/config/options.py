@@ -10,7 +10,7 @@ from annotated_types import Gt, Le, MinLen
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.model_options import ModelOptions
-from rlhf_fdiv.ranges import Count, CountOrNone, Integer, NotNegative, Number, Positive, Share
+from rlhf_fdiv.ranges import Count, CountOrZero, Integer, NotNegative, Number, Positive, Share
 
 STAGES = ("sft", "reward", "policy", "evaluate")
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -79,11 +79,11 @@ class PolicyOptions:
     per_device_train_batch_size: Count = 32
     learning_rate: Positive = 1e-5
     lr_scheduler_type: Scheduler = "constant"
-    warmup_steps: CountOrNone = 0
+    warmup_steps: CountOrZero = 0
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     engine: Literal["cached", "generate"] = "cached"
-    warm_start_generations: CountOrNone = 0
+    warm_start_generations: CountOrZero = 0
     save_steps: Count = 50
     save_total_limit: Count = 2
 
@@ -98,8 +98,8 @@ class EvaluateOptions:
     divergences: list[Any] = field(
         default_factory=lambda: ["reverse_kl", "forward_kl", "js", "tv", "hellinger", "pearson_chi2"]
     )
-    perplexity_rows: CountOrNone = 128
-    samples: CountOrNone = 10
+    perplexity_rows: CountOrZero = 128
+    samples: CountOrZero = 10
 
 
 @dataclass(frozen=True)

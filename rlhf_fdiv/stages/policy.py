@@ -78,7 +78,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
     target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
     step = checkpoints.restore(out, accelerator, wrapped, optimizer, scheduler, log_partition)
-    log = Log(config, out, step, accelerator.is_main_process)
+    log = Log(config, out, step, accelerator.is_main_process, tokenizer.eos_token_id)
     if step == 0:
         self_check(
             policy, reference, rollout(0, prompt_order(config.seed, 0, options.num_prompts, len(rows)), 1, policy.lm)[0]

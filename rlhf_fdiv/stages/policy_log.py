@@ -29,8 +29,8 @@ SHOWN = ("objective", "kl_reference", "divergence_target", "ess_log_z", "entropy
 class Log:
     """Metrics, completions and the line on the screen; gathers from every process, writes on one."""
 
-    def __init__(self, config: RunConfig, out: Path, resume_step: int, writes: bool) -> None:
-        self.config, self.out, self.writes = config, out, writes
+    def __init__(self, config: RunConfig, out: Path, resume_step: int, writes: bool, eos_token_id: int) -> None:
+        self.config, self.out, self.writes, self.eos_token_id = config, out, writes, eos_token_id
         self.metrics = Metrics(out, config.report_to, resume_step) if writes else None
         self.console = Console(quiet=not writes, highlight=False)
         self.completions: list[dict[str, Any]] = []
@@ -81,9 +81,10 @@ class Log:
         mask, k = batch.sequences.mask, self.config.policy.num_generations
         log_pi, log_ref = sequence_sum(batch.log_probs, mask), sequence_sum(log_a, mask)
         entropy, lengths = sequence_sum(batch.entropy, mask), mask.sum(-1).float()
-        columns = torch.stack([log_pi, log_ref, potential, log_z, entropy, lengths, *scores.values()], 1)
+        finished = batch.finished(self.eos_token_id).float()
+        columns = torch.stack([log_pi, log_ref, potential, log_z, entropy, lengths, finished, *scores.values()], 1)
         whole = accelerator.gather(columns.contiguous())
-        log_pi, log_ref, potential, log_z, entropy, lengths, *score_columns = whole.unbind(1)
+        log_pi, log_ref, potential, log_z, entropy, lengths, finished, *score_columns = whole.unbind(1)
         groups = torch.arange(len(whole)) // k
         log_p = log_target(log_ref, potential, log_z)
         measured = divergences.estimate(self.config.f, log_pi, log_p, groups)
@@ -99,6 +100,7 @@ class Log:
             "out_of_support": float((potential == -math.inf).float().mean()),
             "entropy": float(entropy.sum() / lengths.sum()),
             "length": float(lengths.mean()),
+            "finished": float(finished.mean()),
             **figures,
             "tokens": float(lengths.sum()),
             "seconds": seconds,
