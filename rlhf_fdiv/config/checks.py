@@ -80,26 +80,31 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     if not isinstance(scorers, dict):
         problems.append(f"scorers: must map names to scorers, not {scorers!r}")
         scorers = {}
+        values["target"] = None  # which names them
     values["scorers"] = {str(n): _choice(SCORERS, s, f"scorers.{n}", problems) for n, s in scorers.items()}
-    values["divergence"] = _divergence(raw.get("divergence", "reverse_kl"), "divergence", problems)
+    wrong_f: list[str] = []
+    values["divergence"] = _divergence(raw.get("divergence", "reverse_kl"), "divergence", wrong_f)
     values["stages"] = [stage for stage in STAGES if stage in (values.get("stages", STAGES) or ())]
     for stage in ("sft", "reward"):
         if values[stage] is not None:
-            _divergence(values[stage].divergence, f"{stage}.divergence", problems)
+            _divergence(values[stage].divergence, f"{stage}.divergence", wrong_f)
         elif isinstance(raw.get(stage), dict) and "divergence" in raw[stage]:
-            _divergence(raw[stage]["divergence"], f"{stage}.divergence", problems)
+            _divergence(raw[stage]["divergence"], f"{stage}.divergence", wrong_f)
     measured = raw["evaluate"].get("divergences") if isinstance(raw.get("evaluate"), dict) else None
     for i, spec in enumerate(measured if isinstance(measured, list) else []):
-        _divergence(spec, f"evaluate.divergences.{i}", problems)
+        _divergence(spec, f"evaluate.divergences.{i}", wrong_f)
     if isinstance(values.get("name"), str) and not re.fullmatch(r"(?!\.+$)[\w.+=-]+", str(values["name"])):
         problems.append(f"name: {values['name']!r} must be letters, digits and . _ + = -, since it names a folder")
-    if problems:
-        raise UserError(*problems)
+    if "name" not in raw:
+        problems.append("name: is required, the name of the run's folder")
+    parts = [*(values.get(key) for key in ("name", *_SECTIONS, *_CHOICES)), *values["scorers"].values()]
+    if any(part is None for part in parts) or wrong_f:  # what contradicts what can only be told of whole parts
+        raise UserError(*problems, *wrong_f)
     if isinstance(values["objective"], OBJECTIVES["regularise"]) and "beta" not in _as_dict(raw.get("objective")):
         beta = getattr(values["target"], "beta", values["objective"].beta)
         values["objective"] = dataclasses.replace(values["objective"], beta=beta)
     config = RunConfig(**values)
-    if problems := _conflicts(config):
+    if problems := problems + _conflicts(config):
         raise UserError(*problems)
     return config
 
@@ -159,6 +164,8 @@ def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str],
         return None
     if name == "product" and isinstance(options.get("of"), list):
         options["of"] = [_choice(registry, part, f"{key}.of.{i}", problems) for i, part in enumerate(options["of"])]
+        if None in options["of"]:
+            return None
     return _validate(registry[name], options, key, problems)
 
 
