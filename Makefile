@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
-export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup quickstart test test-slow lint
 
