@@ -6,15 +6,17 @@ Always at temperature 1 over the full vocabulary, so that log-probs are those of
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from rlhf_fdiv.sequences import Sequences, pad, token_log_probs, wide
+from rlhf_fdiv.estimators import importance_weights
+from rlhf_fdiv.sequences import Sequences, pad, pad_to_longest, sequence_sum, token_log_probs, wide
 
 
 @dataclass
@@ -25,6 +27,30 @@ class Rollout:
     log_probs: Tensor  # [B, T], of the very softmax that was sampled
     entropy: Tensor  # [B, T], of the same softmax, in nats
     prompts: list[int]  # [P], row numbers of the prompt data
+    own: Tensor | None = None  # [B], which completions the policy itself drew; None for all
+    log_mixture: Tensor | None = None  # [B], log μ(y|x) where some are not its own
+
+    @property
+    def log_mu(self) -> Tensor:
+        """The log-prob of a completion under what sampled it, [B]: the policy itself, or a mixture."""
+        return sequence_sum(self.log_probs, self.sequences.mask) if self.log_mixture is None else self.log_mixture
+
+    def weights(self, cap: float) -> Tensor | None:
+        """Truncated importance weights π/μ, [B]; None on policy."""
+        if self.log_mixture is None:
+            return None
+        return importance_weights(sequence_sum(self.log_probs, self.sequences.mask), self.log_mixture, cap)
+
+    def off_policy(self, log_pi: Tensor, log_a: Tensor, reference_share: float) -> Rollout:
+        """The same completions as samples of μ = (1 − share)·π + share·a; log π and log a by token, [B, T].
+
+        Weighted by the mixture that might have drawn them, not by the part that did (the balance heuristic of Veach and
+        Guibas 1995): π/μ is at most 1/(1 − share), and p/μ stays bounded wherever p/a is.
+        """
+        by_text = [sequence_sum(x, self.sequences.mask) for x in (log_pi, log_a)]
+        shares = math.log1p(-reference_share), math.log(reference_share)
+        log_mixture = torch.logaddexp(by_text[0] + shares[0], by_text[1] + shares[1])
+        return replace(self, log_probs=log_pi, log_mixture=log_mixture)
 
     def texts(self, tokenizer: Any) -> list[str]:
         rows = [ids[keep.bool()] for ids, keep in zip(self.sequences.completion_ids, self.sequences.mask, strict=True)]
@@ -35,12 +61,12 @@ class Rollout:
         return ((self.sequences.completion_ids == eos_token_id) & self.sequences.mask.bool()).any(1)
 
 
-def uniforms(seed: int, step: int, rows: int, length: int) -> Tensor:
+def uniforms(seed: int, step: int, rows: int, length: int, stream: int = 0) -> Tensor:
     """The random stream of every completion of one step, [rows, length] in float64.
 
     By global row, hence the same on any number of processes, for any policy (paired comparisons) and after a resume.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + stream * 2**61) % 2**63)
     return torch.rand(rows, length, generator=generator, dtype=torch.float64)
 
 
@@ -64,6 +90,23 @@ def sample(
         mask,
     )
     return sequences, log_probs * mask, entropy * mask
+
+
+def sample_each(
+    lms: list[Any], choice: Tensor, tokenizer: Any, prompts: list[list[int]], noise: Tensor, engine: str = "cached"
+) -> tuple[Sequences, Tensor, Tensor]:
+    """As `sample`, one completion for each of B prompts, from the model that `choice` [B] names; `lms` are contexts."""
+    parts, order = [], []
+    for i, context in enumerate(lms):
+        rows = (choice == i).nonzero().squeeze(1)
+        if len(rows):
+            with context as lm:
+                parts.append(sample(lm, tokenizer, [prompts[j] for j in rows.tolist()], 1, noise[rows], engine))
+            order.append(rows)
+    back = torch.cat(order).argsort()
+    sequences = Sequences.cat([part[0] for part in parts])[back]
+    log_probs = pad_to_longest([part[1] for part in parts], "right")[back]
+    return sequences, log_probs, pad_to_longest([part[2] for part in parts], "right")[back]
 
 
 def _decode(

@@ -42,6 +42,13 @@ class Sequences:
             part.mask[:, :length],
         )
 
+    @classmethod
+    def cat(cls, parts: list[Sequences]) -> Sequences:
+        """The rows of several batches, padded to the longest of them."""
+        sides = ("left", "left", "right", "right")
+        columns = ([getattr(part, x.name) for part in parts] for x in fields(cls))
+        return cls(*(pad_to_longest(c, side) for c, side in zip(columns, sides, strict=True)))
+
     def model_inputs(self) -> dict[str, Tensor]:
         """What a causal LM needs; position_ids because absolute positions are wrong under left padding without them."""
         attention_mask = torch.cat([self.prompt_mask, self.mask], 1).long()
@@ -61,6 +68,12 @@ def pad(rows: list[list[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
         where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
     return ids, mask
+
+
+def pad_to_longest(parts: list[Tensor], side: str) -> Tensor:
+    """[B_i, T_i] each → [Σ B_i, max T_i], zeros on "left" or "right"."""
+    width = max(x.shape[1] for x in parts)
+    return torch.cat([F.pad(x, (width - x.shape[1], 0) if side == "left" else (0, width - x.shape[1])) for x in parts])
 
 
 def wide(logits: Tensor) -> Tensor:

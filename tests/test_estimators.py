@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ from rlhf_fdiv.objectives import Match, token_rewards
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.policy_update import update
+from rlhf_fdiv.stages.training import Training
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 unit = st.floats(0, 1)
@@ -312,11 +313,11 @@ def stepped(estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, 
         log_probs = policy(sequences).log_probs
     batch = Rollout(sequences, log_probs, torch.zeros_like(log_probs), [0, 1, 2])
     rewards = normal(*log_probs.shape) * sequences.mask if rewards is None else rewards
-    options = PolicyOptions(num_generations=2, per_device_train_batch_size=size, max_grad_norm=max_grad_norm)
-    optimizer, steps = torch.optim.SGD(policy.parameters(), lr=lr), []
-    optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    log = SimpleNamespace(require_finite=lambda value, what: None)
-    figures = update(Accelerator(cpu=True), policy, optimizer, estimator, batch, rewards, options, 0, log)
+    options = PolicyOptions(num_generations=2, per_device_train_batch_size=size, max_grad_norm=max_grad_norm,
+                            optim="sgd", learning_rate=lr)  # fmt: skip
+    training, steps = Training(policy, options, Path(), Accelerator(cpu=True)), []
+    training.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    figures = update(training, estimator, batch, rewards, 0)
     return before, policy, sequences, rewards, figures, len(steps)
 
 

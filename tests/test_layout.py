@@ -43,7 +43,7 @@ INSIDE = {
     "estimators": ("loss", "groups", "ppo"),
     "config": ("files", "options", "checks"),
     "metrics": ("text", "likelihood", "divergence"),
-    "stages": ("common", "policy_log", "policy_checkpoint", "policy_update", "sft", "reward", "policy", "evaluate"),
+    "stages": ("common", "policy_log", "training", "policy_update", "sft", "reward", "policy", "evaluate"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

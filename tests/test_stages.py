@@ -743,7 +743,7 @@ def test_a_run_that_was_stopped_while_it_saved_goes_on_from_the_checkpoint_befor
             raise Stopped
         return os.rename(a, b)
 
-    monkeypatch.setattr("rlhf_fdiv.stages.policy_checkpoint.os.replace", replace)
+    monkeypatch.setattr("rlhf_fdiv.stages.training.os.replace", replace)
     with pytest.raises(Stopped):
         policy("policy.save_steps=1", "name=broken")
     monkeypatch.undo()
@@ -865,10 +865,10 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(policy, monk
         calls.append(1)
         return loss(*args) * (value if kept.get("step") == 3 else 1)
 
-    def watched(accelerator, policy, optimizer, *args):
-        kept["step"] = kept.get("step", 0) + 1
+    def watched(training, *args):
+        kept["step"], policy = kept.get("step", 0) + 1, training.policy
         kept["policy"], kept["before"] = policy, {k: v.clone() for k, v in policy.state_dict().items()}
-        return update(accelerator, policy, optimizer, *args)
+        return update(training, *args)
 
     monkeypatch.setattr(policy_update, "policy_loss", broken)
     monkeypatch.setattr(policy_stage, "update", watched)
@@ -882,12 +882,12 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(policy, monk
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_a_weight(policy, monkeypatch):
     kept, update = {}, policy_stage.update
 
-    def watched(accelerator, policy, optimizer, *args):
-        kept["step"] = kept.get("step", 0) + 1
+    def watched(training, *args):
+        kept["step"], policy = kept.get("step", 0) + 1, training.policy
         if kept["step"] == 3:
             next(p for p in policy.parameters() if p.requires_grad).register_hook(lambda g: g * math.nan)
         kept["policy"], kept["before"] = policy, {k: v.clone() for k, v in policy.state_dict().items()}
-        return update(accelerator, policy, optimizer, *args)
+        return update(training, *args)
 
     monkeypatch.setattr(policy_stage, "update", watched)
     message = "\n".join(problems(policy))

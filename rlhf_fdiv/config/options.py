@@ -10,7 +10,7 @@ from annotated_types import Gt, Le, MinLen
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.model_options import ModelOptions
-from rlhf_fdiv.ranges import Count, CountOrZero, Integer, NotNegative, Number, Positive, Share
+from rlhf_fdiv.ranges import BelowOne, Count, CountOrZero, Integer, NotNegative, Number, Positive, Share
 
 STAGES = ("sft", "reward", "policy", "evaluate")
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -67,25 +67,35 @@ class RewardOptions:
 
 
 @dataclass(frozen=True)
-class PolicyOptions:
-    """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
-    optimiser step of them (ppo and grpo: one an epoch and minibatch)."""
+class TrainingOptions:
+    """What every training loop of our own takes; `model` is where it starts, by default the run's SFT model."""
 
     model: Annotated[str, MinLen(1)] | None = None
     max_steps: Count = 100
-    num_prompts: Count = 8
-    num_generations: Count = 8
-    max_completion_length: Count = 32
     per_device_train_batch_size: Count = 32
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
     learning_rate: Positive = 1e-5
     lr_scheduler_type: Scheduler = "constant"
     warmup_steps: CountOrZero = 0
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
-    engine: Literal["cached", "generate"] = "cached"
-    warm_start_generations: CountOrZero = 0
     save_steps: Count = 50
     save_total_limit: Count = 2
+
+
+@dataclass(frozen=True)
+class PolicyOptions(TrainingOptions):
+    """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
+    optimiser step of them (ppo and grpo: one an epoch and minibatch). With `reference_share` > 0 that share is sampled from
+    the reference, and every completion carries its importance weight π/μ, at most `max_importance_weight`."""
+
+    num_prompts: Count = 8
+    num_generations: Count = 8
+    max_completion_length: Count = 32
+    engine: Literal["cached", "generate"] = "cached"
+    reference_share: BelowOne = 0.0
+    max_importance_weight: Positive = 10.0
+    warm_start_generations: CountOrZero = 0
 
 
 @dataclass(frozen=True)

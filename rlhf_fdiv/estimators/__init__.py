@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_fdiv.estimators.groups import GRPO, RLOO, Reinforce
-from rlhf_fdiv.estimators.loss import policy_loss
+from rlhf_fdiv.estimators.loss import importance_weights, policy_loss
 from rlhf_fdiv.estimators.ppo import PPO
 
 ESTIMATORS: dict[str, Any] = {cls.name: cls for cls in (Reinforce, RLOO, GRPO, PPO)}
 
-__all__ = ["ESTIMATORS", "GRPO", "PPO", "RLOO", "Reinforce", "policy_loss"]
+__all__ = ["ESTIMATORS", "GRPO", "PPO", "RLOO", "Reinforce", "importance_weights", "policy_loss"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from rlhf_fdiv.estimators.loss import Advantages
@@ -21,12 +22,25 @@ class Reinforce:
     min_generations: ClassVar[int] = 1
     name: ClassVar[str] = "reinforce"
 
-    def __call__(self, rewards: Tensor, mask: Tensor, num_generations: int, values: Tensor | None = None) -> Advantages:
-        """Token rewards and mask [B, T], the K completions of a prompt in consecutive rows → advantages [B, T]."""
-        return self._spread(rewards.sum(-1), mask)
+    def __call__(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        num_generations: int,
+        values: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Advantages:
+        """Token rewards and mask [B, T], the K completions of a prompt in consecutive rows → advantages [B, T].
 
-    def _spread(self, scores: Tensor, mask: Tensor) -> Advantages:
-        return Advantages(scores[:, None] * mask)
+        `weights` [B] are the importance weights of off-policy samples, None on policy.
+        """
+        weights = torch.ones_like(rewards[:, 0]) if weights is None else weights
+        groups = (x.view(-1, num_generations) for x in (rewards.sum(-1), weights))
+        return Advantages(self.advantage(*groups).flatten()[:, None] * mask)
+
+    def advantage(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """What multiplies ∇log π of each completion; pseudo-rewards and weights by group, [P, K] each → [P, K]."""
+        return weights * scores
 
 
 @dataclass(frozen=True)
@@ -37,10 +51,10 @@ class RLOO(Reinforce):
     min_generations: ClassVar[int] = 2
     name: ClassVar[str] = "rloo"
 
-    def __call__(self, rewards: Tensor, mask: Tensor, num_generations: int, values: Tensor | None = None) -> Advantages:
-        scores = rewards.sum(-1).view(-1, num_generations)
-        others = (scores.sum(1, keepdim=True) - scores) / (num_generations - 1)
-        return self._spread((scores - others).flatten(), mask)
+    def advantage(self, scores: Tensor, weights: Tensor) -> Tensor:
+        weighted = weights * scores
+        others = (weighted.sum(1, keepdim=True) - weighted) / (scores.shape[1] - 1)
+        return weighted - weights * others
 
 
 @dataclass(frozen=True)
@@ -54,9 +68,8 @@ class GRPO(Reinforce):
     min_generations: ClassVar[int] = 2
     name: ClassVar[str] = "grpo"
 
-    def __call__(self, rewards: Tensor, mask: Tensor, num_generations: int, values: Tensor | None = None) -> Advantages:
-        scores = rewards.sum(-1).view(-1, num_generations)
-        centred = scores - scores.mean(1, keepdim=True)
+    def advantage(self, scores: Tensor, weights: Tensor) -> Tensor:
+        centred = scores - (weights * scores).mean(1, keepdim=True)
         if self.scale_rewards:
             centred = centred / (scores.std(1, keepdim=True) + 1e-4)
-        return self._spread(centred.flatten(), mask)
+        return weights * centred

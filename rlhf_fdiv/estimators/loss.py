@@ -29,6 +29,14 @@ def policy_loss(
     return -(gain * mask).sum(-1)
 
 
+def importance_weights(log_pi: Tensor, log_mu: Tensor, cap: float) -> Tensor:
+    """min(π/μ, cap) of completions sampled from μ, [B] each: truncated, so that one of them cannot decide a step.
+
+    π/μ is unbiased; the truncation (Ionides 2008) trades a bias towards the samples' own distribution for variance.
+    """
+    return (log_pi - log_mu).exp().clamp(max=cap)
+
+
 def clip_fraction(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, clip_range: float) -> Tensor:
     """The share of tokens whose ratio lies outside the clip range; a scalar."""
     outside = ((log_probs - old_log_probs).exp() - 1).abs() > clip_range

@@ -33,13 +33,22 @@ class PPO:
     min_generations: ClassVar[int] = 1
     name: ClassVar[str] = "ppo"
 
-    def __call__(self, rewards: Tensor, mask: Tensor, num_generations: int, values: Tensor | None = None) -> Advantages:
-        """Token rewards, mask and values V(x, y_<t), [B, T] → advantages and returns, [B, T]."""
+    def __call__(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        num_generations: int,
+        values: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Advantages:
+        """Token rewards, mask and values V(x, y_<t), [B, T] → advantages and returns, [B, T]; `weights` [B] multiply the
+        advantages of off-policy samples."""
         if values is None:
             raise ValueError("ppo needs the values of its value head")
         advantages = generalised_advantages(rewards, values, mask, self.gamma, self.lam)
         returns = advantages + values * mask
-        return Advantages(whiten(advantages, mask) if self.whiten_advantages else advantages, returns)
+        advantages = whiten(advantages, mask) if self.whiten_advantages else advantages
+        return Advantages(advantages if weights is None else weights[:, None] * advantages, returns)
 
     def value_loss(self, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         """½·vf_coef·Σ_t (V − R)², the larger of clipped and unclipped; [B, T] each → [B]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from transformers import get_scheduler
 
 from rlhf_fdiv import targets
 from rlhf_fdiv.config import RunConfig
@@ -25,12 +25,12 @@ from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, Reference, context_length, load_policy, load_tokenizer, save_policy
 from rlhf_fdiv.objectives import token_rewards
 from rlhf_fdiv.rewards import Scorers
-from rlhf_fdiv.rollout import Rollout, sample, uniforms
+from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
 from rlhf_fdiv.sequences import sequence_sum
-from rlhf_fdiv.stages import policy_checkpoint as checkpoints
 from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
-from rlhf_fdiv.stages.policy_update import update
+from rlhf_fdiv.stages.policy_update import forward, update
+from rlhf_fdiv.stages.training import Training
 from rlhf_fdiv.targets import LogPartition
 from rlhf_fdiv.tracking import RunFolder, newest_checkpoint, write_atomically
 
@@ -53,31 +53,37 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     rows = read_rows(source, PROMPTS)
     prompt_ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - options.max_completion_length)
     policy, reference = load_policy(start, config.model, estimator.value_head)
-    optimizer = torch.optim.AdamW(
-        (p for p in policy.parameters() if p.requires_grad), lr=options.learning_rate, weight_decay=options.weight_decay
-    )
-    scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, options.max_steps)
-    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    log_partition = LogPartition()
+    training = Training(policy, options, out, accelerator, log_partition=log_partition)
     reference.to(accelerator.device)
     scorers = Scorers(specs, accelerator.device)
-    log_partition = LogPartition()
 
     def rollout(
-        step: int, prompts: list[int], num_generations: int, lm: torch.nn.Module
+        step: int, prompts: list[int], num_generations: int, lm: torch.nn.Module, reference_share: float = 0.0
     ) -> tuple[Rollout, dict[str, Any]]:
-        """This process's share of a step's completions, with their texts."""
+        """This process's share of a step's completions, with their texts; of `lm`, but for `reference_share` of them."""
         share = len(prompts) // accelerator.num_processes
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        noise = uniforms(config.seed, step, len(prompts) * num_generations, options.max_completion_length)
-        noise = noise.view(len(prompts), num_generations, -1)[mine].flatten(0, 1)
+
+        def noise(length: int, stream: int = 0) -> Tensor:
+            whole = uniforms(config.seed, step, len(prompts) * num_generations, length, stream)
+            return whole.view(len(prompts), num_generations, -1)[mine].flatten(0, 1)
+
         ids = [prompt_ids[i] for i in prompts[mine]]
-        drawn = Rollout(*sample(lm, tokenizer, ids, num_generations, noise, options.engine), prompts[mine])
-        repeated = [rows[i] for i in drawn.prompts for _ in range(num_generations)]
-        texts = {"prompts": [r["prompt"] for r in repeated], "completions": drawn.texts(tokenizer)}
-        return drawn, extra_columns(repeated) | texts
+        draws = noise(options.max_completion_length)
+        if reference_share:
+            each = [x for x in ids for _ in range(num_generations)]
+            which = (noise(1, stream=1)[:, 0] < reference_share).long()
+            drawn = sample_each([nullcontext(lm), reference.lm()], which, tokenizer, each, draws, options.engine)
+        else:
+            which, drawn = None, sample(lm, tokenizer, ids, num_generations, draws, options.engine)
+        batch = Rollout(*drawn, prompts[mine], own=None if which is None else which == 0)
+        repeated = [rows[i] for i in batch.prompts for _ in range(num_generations)]
+        texts = {"prompts": [r["prompt"] for r in repeated], "completions": batch.texts(tokenizer)}
+        return batch, extra_columns(repeated) | texts
 
     target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
-    step = checkpoints.restore(out, accelerator, wrapped, optimizer, scheduler, log_partition)
+    step = training.restore()
     log = Log(config, out, step, accelerator.is_main_process, tokenizer.eos_token_id)
     if step == 0:
         self_check(
@@ -90,35 +96,33 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         prompts = prompt_order(config.seed, step, options.num_prompts, len(rows))
 
         # roll out
-        batch, texts = rollout(step, prompts, options.num_generations, policy.lm)
+        batch, texts = rollout(step, prompts, options.num_generations, policy.lm, options.reference_share)
         mask = batch.sequences.mask
 
         # score
-        with log.keeping(step, texts):
+        with training.keeping(step, texts):
             scores = scorers(list(target.scorers), **texts)
             potential = target.potential(scores).to(accelerator.device)
         log_a = reference.log_probs(batch.sequences)
+        if options.reference_share:
+            fresh, _ = forward(training.policy, batch, options.per_device_train_batch_size)
+            batch = batch.off_policy(fresh, log_a, options.reference_share)
         log_pi = batch.log_probs
 
         # log Z, the same on every process
-        log_weights = sequence_sum(log_a - log_pi, mask) + potential
+        log_weights = sequence_sum(log_a, mask) + potential - batch.log_mu
         log_z = share_log_z(accelerator, log_partition, batch.prompts, log_weights.view(-1, options.num_generations))
         log_z = log_z.repeat_interleave(options.num_generations)
 
         # pseudo-reward and update
         rewards = token_rewards(objective, f, log_pi, log_a, mask, potential, log_z)
-        figures = update(
-            accelerator, wrapped, optimizer, estimator, batch, rewards, options, config.seed * 1_000_003 + step, log
-        )
-        scheduler.step()
+        figures = update(training, estimator, batch, rewards, config.seed * 1_000_003 + step)
 
         # log
         log.step(step, batch, texts, scores, potential, log_a, log_z, figures, time.perf_counter() - began, accelerator)
-        if step % options.save_steps == 0 or step == options.max_steps:
+        if training.end_step(step):
             log.flush_completions(step)
-            checkpoints.save(
-                out, step, accelerator, wrapped, optimizer, scheduler, log_partition, options.save_total_limit
-            )
+            training.save(step)
 
     log.close()
     if accelerator.is_main_process:

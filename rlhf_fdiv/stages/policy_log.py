@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.estimators import importance_weights
 from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
@@ -36,33 +34,6 @@ class Log:
         self.completions: list[dict[str, Any]] = []
         self.first_objective: float | None = None
         self.seconds = 0.0
-        self.texts: dict[str, list[Any]] = {}
-        self.at_step = resume_step
-
-    @contextlib.contextmanager
-    def keeping(self, step: int, texts: dict[str, list[Any]]) -> Iterator[None]:
-        """Remembers the batch, so that a failure in scoring or update can leave it in the run folder."""
-        self.at_step, self.texts = step, texts
-        try:
-            yield
-        except UserError as error:
-            raise UserError(*error.problems, self._keep_batch()) from error
-        except Exception as error:
-            raise UserError(
-                f"step {step}: scoring raised {type(error).__name__}: {error}", self._keep_batch()
-            ) from error
-
-    def require_finite(self, value: Tensor, what: str) -> None:
-        """Stops the run at a nan or infinite value, before it reaches the weights."""
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"step {self.at_step}: the {what} is {float(value.detach())}", self._keep_batch())
-
-    def _keep_batch(self) -> str:
-        import pandas as pd
-
-        path = self.out / f"bad_batch-{self.at_step}.parquet"
-        pd.DataFrame(self.texts).to_parquet(path)
-        return f"The batch is in {path}; no weight was changed by it, and the last checkpoint is intact"
 
     def step(
         self,
@@ -77,18 +48,26 @@ class Log:
         seconds: float,
         accelerator: Accelerator,
     ) -> None:
-        """Means over all processes of one step's completions, measured with the policy that sampled them."""
+        """Means over all processes of the completions that the policy drew in one step, measured with that policy."""
         mask, k = batch.sequences.mask, self.config.policy.num_generations
         log_pi, log_ref = sequence_sum(batch.log_probs, mask), sequence_sum(log_a, mask)
         entropy, lengths = sequence_sum(batch.entropy, mask), mask.sum(-1).float()
         finished = batch.finished(self.eos_token_id).float()
-        columns = torch.stack([log_pi, log_ref, potential, log_z, entropy, lengths, finished, *scores.values()], 1)
-        whole = accelerator.gather(columns.contiguous())
-        log_pi, log_ref, potential, log_z, entropy, lengths, finished, *score_columns = whole.unbind(1)
-        groups = torch.arange(len(whole)) // k
+        own = torch.ones_like(log_pi) if batch.own is None else batch.own.to(log_pi)
+        columns = [log_pi, log_ref, potential, log_z, entropy, lengths, finished, batch.log_mu, own, *scores.values()]
+        whole = accelerator.gather(torch.stack(columns, 1).contiguous())
+        log_pi, log_ref, potential, log_z, _, _, _, log_mu, own, *_ = whole.unbind(1)
         log_p = log_target(log_ref, potential, log_z)
-        measured = divergences.estimate(self.config.f, log_pi, log_p, groups)
-        ess = effective_sample_size((log_p - log_pi).view(-1, k))
+        ess = effective_sample_size((log_p - log_mu).view(-1, k))
+        if batch.own is not None:
+            weights = importance_weights(log_pi, log_mu, self.config.policy.max_importance_weight)
+            figures["ess_importance"] = float(effective_sample_size(weights.log()))
+            figures["clipped_importance"] = float((weights >= self.config.policy.max_importance_weight).float().mean())
+        drawn = own.bool()
+        measured = divergences.estimate(
+            self.config.f, log_pi[drawn], log_p[drawn], (torch.arange(len(whole)) // k)[drawn.cpu()]
+        )
+        log_pi, log_ref, potential, log_z, entropy, lengths, finished, _, _, *score_columns = whole[drawn].unbind(1)
         kl = float((log_pi - log_ref).mean())
         values = {
             "objective": self.config.beta * (float(potential.mean()) - kl),

@@ -2,86 +2,69 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf_fdiv.config.options import PolicyOptions
 from rlhf_fdiv.estimators import policy_loss
 from rlhf_fdiv.estimators.loss import clip_fraction
 from rlhf_fdiv.estimators.ppo import explained_variance
 from rlhf_fdiv.rollout import Rollout
+from rlhf_fdiv.stages.training import Training
 
 
-def update(
-    accelerator: Accelerator,
-    policy: Any,
-    optimizer: Any,
-    estimator: Any,
-    batch: Rollout,
-    rewards: Tensor,
-    options: PolicyOptions,
-    seed: int,
-    log: Any,
-) -> dict[str, float]:
+def update(training: Training, estimator: Any, batch: Rollout, rewards: Tensor, seed: int) -> dict[str, float]:
     """Trains on one rollout, `rewards` [B, T] by token; returns loss, grad_norm and the estimator's own figures."""
-    mask = batch.sequences.mask
+    options, mask = training.options, batch.sequences.mask
     old_values = None
     old_log_probs: Tensor | None = batch.log_probs
     minibatches = min(getattr(estimator, "num_minibatches", 1), len(mask))
     if estimator.value_head:
-        old_log_probs, old_values = _values(policy, batch, options.per_device_train_batch_size)
+        old_log_probs, old_values = forward(training.policy, batch, options.per_device_train_batch_size)
     elif estimator.num_epochs == 1:
         old_log_probs = None  # on policy: the ratio is exactly 1, and its gradient that of log π
-    advantages, returns = estimator(rewards, mask, options.num_generations, old_values)
+    weights = batch.weights(options.max_importance_weight)
+    advantages, returns = estimator(rewards, mask, options.num_generations, old_values, weights)
     figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+
+    def loss_of(rows: Tensor) -> Tensor:
+        sequences = batch.sequences[rows]
+        length = sequences.mask.shape[1]
+        part: list[Any] = [
+            None if x is None else x[rows, :length] for x in (old_log_probs, advantages, old_values, returns)
+        ]
+        old, advantage, old_value, goal = part
+        out = training.policy(sequences)
+        old = out.log_probs.detach() if old is None else old
+        loss = policy_loss(out.log_probs, old, advantage, sequences.mask, estimator.clip_range)
+        if estimator.value_head:
+            loss = loss + estimator.value_loss(out.values, old_value, goal, sequences.mask)
+        if estimator.clip_range is not None:
+            clipped = clip_fraction(out.log_probs.detach(), old, sequences.mask, estimator.clip_range)
+            figures.setdefault("clip_fraction", []).append(float(clipped))
+        return loss
+
     generator = torch.Generator().manual_seed(seed)
     for _ in range(estimator.num_epochs):
         order = torch.randperm(len(mask), generator=generator) if minibatches > 1 else torch.arange(len(mask))
         for rows in order.tensor_split(minibatches):
-            micro_batches = rows.split(options.per_device_train_batch_size)
-            for i, micro in enumerate(micro_batches):
-                sequences = batch.sequences[micro]
-                length = sequences.mask.shape[1]
-                part: list[Any] = [
-                    None if x is None else x[micro, :length] for x in (old_log_probs, advantages, old_values, returns)
-                ]
-                old, advantage, old_value, goal = part
-                last = i + 1 == len(micro_batches)
-                with contextlib.nullcontext() if last else accelerator.no_sync(policy):
-                    out = policy(sequences)
-                    old = out.log_probs.detach() if old is None else old
-                    loss = policy_loss(out.log_probs, old, advantage, sequences.mask, estimator.clip_range)
-                    if estimator.value_head:
-                        loss = loss + estimator.value_loss(out.values, old_value, goal, sequences.mask)
-                    loss = loss.sum() / len(rows)
-                    log.require_finite(loss, "loss")
-                    accelerator.backward(loss)
-                figures["loss"].append(float(loss.detach()) * len(micro_batches))
-            norm = accelerator.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
-            log.require_finite(norm, "gradient norm")
-            figures["grad_norm"].append(float(norm))
-            if estimator.clip_range is not None:
-                figures.setdefault("clip_fraction", []).append(
-                    float(clip_fraction(out.log_probs.detach(), old, sequences.mask, estimator.clip_range))
-                )
-            optimizer.step()
-            optimizer.zero_grad()
+            loss, norm = training.step(rows, loss_of)
+            figures["loss"].append(loss)
+            figures["grad_norm"].append(norm)
     if estimator.value_head:
         figures["explained_variance"] = [float(explained_variance(old_values, returns, mask))]  # type: ignore[arg-type]
     return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
 @torch.no_grad()
-def _values(policy: Any, batch: Rollout, size: int) -> tuple[Tensor, Tensor]:
-    """log π_old and V of the whole rollout, [B, T] each, by the forward that training uses."""
+def forward(policy: Any, batch: Rollout, size: int) -> tuple[Tensor, Tensor]:
+    """log π_old and V (0 without a value head) of the whole rollout, [B, T] each, by the forward that training uses."""
     log_probs, values = torch.zeros_like(batch.log_probs), torch.zeros_like(batch.log_probs)
     for rows in torch.arange(len(values)).split(size):
         sequences = batch.sequences[rows]
         out = policy(sequences)
         log_probs[rows, : sequences.mask.shape[1]] = out.log_probs
-        values[rows, : sequences.mask.shape[1]] = out.values
+        if out.values is not None:
+            values[rows, : sequences.mask.shape[1]] = out.values
     return log_probs, values

@@ -1,0 +1,137 @@
+"""What the training loops share: a policy with its optimiser and schedule under Accelerate, and its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from rlhf_fdiv.config.options import TrainingOptions
+from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.models import Policy
+from rlhf_fdiv.tracking import newest_checkpoint, prune_checkpoints
+
+
+class Training:
+    """`policy` is the wrapped module that a loss must go through; `state` names what else a checkpoint holds, log Z
+    among it: objects with `state_dict` and `load_state_dict`."""
+
+    def __init__(
+        self, policy: Policy, options: TrainingOptions, out: Path, accelerator: Accelerator, **state: Any
+    ) -> None:
+        self.options: Any = options
+        self.out, self.accelerator = out, accelerator
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if options.optim == "sgd":
+            optimizer = torch.optim.SGD(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
+        scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, options.max_steps)
+        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        self.state = {"scheduler": scheduler, **state}
+        self.at_step, self.batch = 0, dict[str, list[Any]]()
+
+    def step(self, rows: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """One optimiser step along the mean of `loss_of(rows)` ([b] → [b]), in micro-batches; returns loss and grad_norm.
+
+        Raises UserError, before any weight has changed, where either is not finite.
+        """
+        total = 0.0
+        micro_batches = rows.split(self.options.per_device_train_batch_size)
+        for micro in micro_batches:
+            last = micro is micro_batches[-1]
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+                loss = loss_of(micro).sum() / len(rows)
+                self.require_finite(loss, "loss")
+                self.accelerator.backward(loss)
+            total += float(loss.detach())
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.options.max_grad_norm)
+        self.require_finite(norm, "gradient norm")  # type: ignore[arg-type]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, float(norm)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def keeping(self, step: int, batch: dict[str, list[Any]]) -> Iterator[None]:
+        """Remembers the batch, so that a failure in scoring or update can leave it in the run folder."""
+        self.at_step, self.batch = step, batch
+        try:
+            yield
+        except UserError as error:
+            raise UserError(*error.problems, self._keep_batch()) from error
+        except Exception as error:
+            raise UserError(
+                f"step {step}: scoring raised {type(error).__name__}: {error}", self._keep_batch()
+            ) from error
+
+    def require_finite(self, value: Tensor, what: str) -> None:
+        """Stops the run at a nan or infinite value, before it reaches the weights."""
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"step {self.at_step}: the {what} is {float(value.detach())}", self._keep_batch())
+
+    def _keep_batch(self) -> str:
+        import pandas as pd
+
+        path = self.out / f"bad_batch-{self.at_step}.parquet"
+        pd.DataFrame(self.batch).to_parquet(path)
+        return f"The batch is in {path}; no weight was changed by it, and the last checkpoint is intact"
+
+    def end_step(self, step: int) -> bool:
+        """Advances the schedule; True where a checkpoint is due."""
+        self.state["scheduler"].step()
+        return step % self.options.save_steps == 0 or step == self.options.max_steps
+
+    def save(self, step: int) -> None:
+        """Writes `checkpoint-<step>` aside and renames it, so that a checkpoint is whole or absent."""
+        part = self.out / f".checkpoint-{step}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part))
+        if self.accelerator.is_main_process:
+            state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}}
+            (part / "policy_state.json").write_text(json.dumps(state), encoding="utf-8")
+            os.replace(part, self.out / f"checkpoint-{step}")
+            prune_checkpoints(self.out, self.options.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> int:
+        """Loads the newest checkpoint of `out`, if there is one, and returns its step."""
+        self._only_trained()
+        newest = newest_checkpoint(self.out)
+        if newest is None:
+            return 0
+        try:
+            state = json.loads((newest / "policy_state.json").read_text(encoding="utf-8"))
+            self.accelerator.load_state(str(newest), strict=False)
+        except Exception as error:
+            raise UserError(
+                f"{newest}: damaged checkpoint ({error}); remove it to go on from the one before"
+            ) from error
+        for name, x in self.state.items():
+            x.load_state_dict(state[name])
+        self.accelerator.print(f"resumed from {newest}")
+        return int(state["step"])
+
+    def _only_trained(self) -> None:
+        """Keeps frozen weights out of checkpoints: the reference they belong to is read from where it was, never
+        re-anchored."""
+        named = self.accelerator.unwrap_model(self.policy).named_parameters()
+        trained = {name for name, p in named if p.requires_grad}
+
+        def drop_frozen(models: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
+            for state in weights:
+                for name in [n for n in state if n.removeprefix("module.") not in trained]:
+                    del state[name]
+
+        self.accelerator.register_save_state_pre_hook(drop_frozen)
