@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rlhf_fdiv.errors import UserError, did_you_mean
 
 PROMPTS: dict[str, type] = {"prompt": str}
@@ -168,6 +171,11 @@ def _surrogate(text: str) -> str:
     return next((f"\\u{ord(c):04x}" for c in text if 0xD800 <= ord(c) <= 0xDFFF), "")
 
 
+def rater_shares(rows: Rows) -> Tensor:
+    """The share of raters who prefer `chosen`, 1 where a row says nothing; [N]."""
+    return torch.tensor([float(1.0 if row.get("preference") is None else row["preference"]) for row in rows])
+
+
 def extra_columns(rows: Rows) -> dict[str, list[Any]]:
     """What all rows have beside their prompt, by column, as scorers take it."""
     return {k: [row[k] for row in rows] for k in rows[0] if k != "prompt" and all(k in row for row in rows)}
@@ -190,3 +198,9 @@ def tokenize_prompts(rows: Rows, tokenizer: Any, source: str, room: int) -> list
     if problems:
         raise UserError(*problems[:5])
     return ids
+
+
+def tokenize_completions(texts: list[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """Token ids of completions, each with its EOS, or cut at `length` tokens without one, as a rollout would be."""
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[*x, tokenizer.eos_token_id][:length] for x in ids]

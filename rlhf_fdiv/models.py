@@ -81,10 +81,12 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
 
 
 class TokenOutputs(NamedTuple):
-    """[B, T] each: log π of the completion's tokens, zero at padding; V(x, y_<t) where there is a value head."""
+    """[B, T] each: log π of the completion's tokens, zero at padding; V(x, y_<t) where there is a value head. And the
+    logits of every next token, [B, T, V]."""
 
     log_probs: Tensor
     values: Tensor | None
+    logits: Tensor
 
 
 class Policy(nn.Module):
@@ -112,11 +114,12 @@ class Policy(nn.Module):
             use_cache=False,
             output_hidden_states=self.value_head is not None,
         )
-        log_probs = token_log_probs(out.logits[:, -length - 1 : -1], sequences.completion_ids, sequences.mask)
+        logits = out.logits[:, -length - 1 : -1]
+        log_probs = token_log_probs(logits, sequences.completion_ids, sequences.mask)
         if self.value_head is None:
-            return TokenOutputs(log_probs, None)
+            return TokenOutputs(log_probs, None, logits)
         hidden = out.hidden_states[-1][:, -length - 1 : -1].to(self.value_head.weight.dtype)
-        return TokenOutputs(log_probs, self.value_head(hidden).squeeze(-1) * sequences.mask)
+        return TokenOutputs(log_probs, self.value_head(hidden).squeeze(-1) * sequences.mask, logits)
 
 
 def load_policy(name_or_path: str, options: ModelOptions, value_head: bool = False) -> tuple[Policy, Reference]:

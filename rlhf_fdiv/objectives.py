@@ -1,10 +1,11 @@
-"""What is optimised, as pure functions of log-probabilities. The four objectives coincide for no f but reverse KL.
+"""What is optimised, as pure functions of log-probabilities. `match` and `regularise` coincide for no f but reverse KL.
 
-Online, each is one policy gradient E_π[score(y)·∇log π(y)] with a score of its own (`pseudo_reward`):
+Those two are one policy gradient E_π[score(y)·∇log π(y)] with a score of their own (`pseudo_reward`):
 
     match        min D_f(π‖p)              score = −f'(log π − log p)          f-DPG, GDC, KL-DPG; arXiv 2302.08215
     regularise   max E_π[r] − β·D_f(π‖a)   score = r − β·f'(log π − log a)     KL-regularised RLHF and PPO are reverse KL
-    prefer       −log σ(β[f'(u_w) − f'(u_l)]), u = π/a, offline                f-DPO; arXiv 2309.16240
+    prefer       −log σ(β[f'(u_w) − f'(u_l)]), u = π/a, from pairs             f-DPO; arXiv 2309.16240
+    distil       Σ_t D_f(π_t‖q_t), q a teacher, whole next-token laws          GKD, arXiv 2306.13649, for any f
 
 with log p = log a + potential − log Z(x) and, where a target is configured, r = β·potential.
 """
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fdiv.divergences import Divergence, exact, label
-from rlhf_fdiv.ranges import Positive
+from rlhf_fdiv.ranges import BelowHalf, BelowOne, Positive, Share
 from rlhf_fdiv.sequences import at_last_token, sequence_sum
 
 
@@ -34,6 +35,7 @@ class Match:
     """min D_f(π‖p) for a fixed target p."""
 
     name: ClassVar[str] = "match"
+    stage: ClassVar[str] = "policy"
 
     def pseudo_reward(self, f: Divergence, log_pi: Tensor, log_a: Tensor, potential: Tensor, log_z: Tensor) -> Tensor:
         """−f'(log π − log p), [B] each; where p = 0 it is −f'(∞), which `conflicts` requires to be finite."""
@@ -54,6 +56,7 @@ class Regularise:
 
     beta: Positive = 0.1
     name: ClassVar[str] = "regularise"
+    stage: ClassVar[str] = "policy"
 
     def pseudo_reward(self, f: Divergence, log_pi: Tensor, log_a: Tensor, potential: Tensor, log_z: Tensor) -> Tensor:
         """r − β·f'(log π − log a) with r = β·potential, [B] each."""
@@ -70,10 +73,27 @@ class Regularise:
 
 @dataclass(frozen=True)
 class Prefer:
-    """f-DPO from pairs, offline; needs a strictly convex f with f'(0⁺) = −∞."""
+    """f-DPO from pairs, offline: Bradley–Terry with the reward β·f'(π/a) that `regularise` would be optimal for.
+
+    Needs a strictly convex f with f'(0⁺) = −∞. Reverse KL is DPO (arXiv 2305.18290), chi_mix is χPO (arXiv 2407.13399).
+    `label_smoothing` ε is the share of labels taken to be flipped (cDPO), `preference` c the share of raters who agree.
+    """
 
     beta: Positive = 0.1
+    label_smoothing: BelowHalf = 0.0
     name: ClassVar[str] = "prefer"
+    stage: ClassVar[str] = "prefer"
+
+    def reward(self, f: Divergence, log_pi: Tensor, log_a: Tensor) -> Tensor:
+        """The implicit reward β·f'(π/a) up to a constant of the prompt, [B] each, in float64.
+
+        Beyond 300 nats from the reference it stays what it is there: forward KL's 1 − a/π would leave float64.
+        """
+        return self.beta * f.f_prime((log_pi.double() - log_a.double()).clamp(-300.0, 300.0))
+
+    def loss(self, margin: Tensor, preference: Tensor) -> Tensor:
+        """−c·log σ(margin) − (1 − c)·log σ(−margin), [B] each; margin is the chosen text's reward less the other's."""
+        return F.binary_cross_entropy_with_logits(margin, preference.to(margin), reduction="none")
 
     def conflicts(self, f: Divergence, target_has_zeros: bool = False) -> str | None:
         slope_at_zero = float(f.f_prime(torch.tensor(-math.inf, dtype=torch.float64)))
@@ -85,7 +105,34 @@ class Prefer:
         return None
 
 
-OBJECTIVES: dict[str, Any] = {cls.name: cls for cls in (Match, Regularise, Prefer)}
+@dataclass(frozen=True)
+class Distil:
+    """D_f(student ‖ teacher) of the whole next-token distributions, summed over a completion's tokens.
+
+    `on_policy` is the share of steps whose completions the student writes itself; the rest are the data's. They are taken
+    as given: no gradient flows through the sampling (as in GKD). `skew` w mixes w of the teacher into the student before
+    the two are compared (skew KL, arXiv 2402.03898), or with skew_of: teacher w of the student into the teacher.
+    """
+
+    on_policy: Share = 1.0
+    skew: BelowOne = 0.0
+    skew_of: Literal["student", "teacher"] = "student"
+    name: ClassVar[str] = "distil"
+    stage: ClassVar[str] = "distil"
+
+    def divergence(self, f: Divergence, log_pi: Tensor, log_q: Tensor) -> Tensor:
+        """D_f by token in nats, exact over the vocabulary; log-probs of student and teacher, [..., V] each → [...]."""
+        if self.skew:
+            first, second = (log_pi, log_q) if self.skew_of == "student" else (log_q, log_pi)
+            mixed = torch.logaddexp(first + math.log1p(-self.skew), second + math.log(self.skew))
+            log_pi, log_q = (mixed, log_q) if self.skew_of == "student" else (log_pi, mixed)
+        return exact(f, log_pi, log_q)
+
+    def conflicts(self, f: Divergence, target_has_zeros: bool = False) -> str | None:
+        return None
+
+
+OBJECTIVES: dict[str, Any] = {cls.name: cls for cls in (Match, Regularise, Prefer, Distil)}
 
 
 def chain_rule_factor(f: Divergence) -> float | None:
@@ -127,6 +174,11 @@ def next_token_divergence(f: Divergence, log_prob: Tensor) -> Tensor:
     if math.isinf(f.f_prime_at_infinity):
         raise ValueError(f"{label(f)} is infinite for any model that is not certain (f'(∞) = ∞)")
     return f.f(log_prob) - f.f_prime_at_infinity * torch.expm1(log_prob)
+
+
+def soft_labels(shares: Tensor, smoothing: float) -> Tensor:
+    """c(1 − ε) + (1 − c)ε: the share of raters who prefer the first, were ε of all labels flipped; any shape."""
+    return shares * (1 - 2 * smoothing) + smoothing
 
 
 def preference_divergence(f: Divergence, margin: Tensor, preference: Tensor) -> Tensor:

@@ -15,10 +15,15 @@ from rlhf_fdiv.tracking import environment, write_atomically
 ROWS = ("objective", "kl_reference", "entropy", "length", "distinct_1", "distinct_2", "distinct_3", "self_bleu", "bleu",
         "rouge_l", "perplexity", "bits_per_character")  # fmt: skip
 
+PANELS = ("objective", "kl_reference", "divergence_target", "entropy", "margin", "accuracy", "divergence_by_token")
+
 
 def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any], samples: pd.DataFrame) -> None:
     """Figures as PNG and PDF into `out`, and `report.md` into the run folder."""
-    figures = [_training_curves(run / "policy" / "metrics.jsonl", out), _before_and_after(config, report, samples, out)]
+    figures = [
+        _training_curves(run / config.objective.stage / "metrics.jsonl", out),
+        _before_and_after(config, report, samples, out),
+    ]
     parts = [
         f"# {config.name}",
         _what(config),
@@ -33,11 +38,16 @@ def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any]
 
 def _what(config: RunConfig) -> str:
     f, target = config.f, config.target
+    how = {
+        "policy": f"target `{target.name}`, estimator `{config.estimator.name}`",
+        "prefer": "from pairs, offline",
+        "distil": f"teacher `{config.distil.teacher}`",
+    }[config.objective.stage]
     return (
         f"Objective `{config.objective.name}`, divergence `{divergences.label(f)}` ({f.direction or 'a user’s own f'}), "
-        f"target `{target.name}`, estimator `{config.estimator.name}`, β = {config.beta:g}, seed {config.seed}; "
+        f"{how}, seed {config.seed}; "
         f"curvature normalisation {'on' if config.divergence.get('unit_curvature') else 'off'}. "
-        "The objective is E[r] − β·KL(π‖reference)."
+        f"With β = {config.beta:g}, the objective below is E[r] − β·KL(π‖reference)."
     )
 
 
@@ -62,13 +72,18 @@ def _main_table(config: RunConfig, report: dict[str, Any]) -> str:
 def _divergence_table(report: dict[str, Any]) -> str:
     lines = ["| f | to the reference | to the target |", "| --- | --- | --- |"]
     for name, to_reference in report["divergence_to_reference"].items():
-        cells = [to_reference, report["divergence_to_target"][name]]
+        cells = [to_reference, report.get("divergence_to_target", {}).get(name)]
         shown = [
-            c["reason"] or ("∞" if c["value"] is None else _number(c["value"], c["standard_error"])) for c in cells
+            "–"
+            if c is None
+            else c["reason"] or ("∞" if c["value"] is None else _number(c["value"], c["standard_error"]))
+            for c in cells
         ]
         lines.append(f"| {name} | {shown[0]} | {shown[1]} |")
-    z = report["log_z"]
-    note = f"log Ẑ(x) of the target: mean {_number(z['mean'])}, ESS {z['ess']:.1f} of {z['samples']} samples a prompt."
+    note = ""
+    if z := report.get("log_z"):
+        ess = f"ESS {z['ess']:.1f} of {z['samples']} samples a prompt"
+        note = f"log Ẑ(x) of the target: mean {_number(z['mean'])}, {ess}."
     return "\n".join(lines) + f"\n\n± is one standard error, clustered by prompt. {note}"
 
 
@@ -104,7 +119,7 @@ def _training_curves(path: Path, out: Path) -> Path | None:
     if not path.is_file():
         return None
     table = pd.read_json(path, lines=True)
-    panels = [c for c in ("objective", "kl_reference", "divergence_target", "entropy") if table[c].notna().any()]
+    panels = [c for c in PANELS if c in table and table[c].notna().any()]
     figure, axes = _figure().subplots(1, len(panels), figsize=(3.1 * len(panels), 2.6), squeeze=False)
     for axis, column in zip(axes[0], panels, strict=True):
         axis.plot(table["step"], table[column], color="#1f5a94", linewidth=1.5)

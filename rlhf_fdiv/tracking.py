@@ -27,6 +27,8 @@ _MADE_FROM = {  # the keys that what a stage makes depends on
     "sft": ("model.name_or_path", "model.dtype", "data.sft_train", "sft", "seed"),
     "reward": ("model.name_or_path", "model.dtype", "data.preferences_train", "reward", "seed"),
     "policy": ("model", "data.prompts_train", "policy", "divergence", "objective", "target", "estimator", "seed"),
+    "prefer": ("model", "data.preferences_train", "prefer", "divergence", "objective", "seed"),
+    "distil": ("model", "data.prompts_train", "data.sft_train", "distil", "divergence", "objective", "seed"),
 }
 
 

@@ -29,7 +29,12 @@ DATA = dict.fromkeys(("sft_train", "preferences_train", "prompts_train", "prompt
 RAW = {"name": "x", "model": {"name_or_path": "m"}, "data": DATA}
 WHOLE = yaml.safe_dump(RAW)
 CHOICES = {
-    "objective": [{"name": "match"}, {"name": "regularise", "beta": 0.5}],
+    "objective": [
+        {"name": "match"},
+        {"name": "regularise", "beta": 0.5},
+        {"name": "prefer", "beta": 0.5, "label_smoothing": 0.1},
+        {"name": "distil", "on_policy": 0.5, "skew": 0.1, "skew_of": "teacher"},
+    ],
     "target": [
         {"name": "tilted", "beta": 0.3, "reward": "reward"},
         {"name": "moments", "moments": {"reward": 0.5}},
@@ -670,7 +675,9 @@ def test_prefer_refuses_an_f_without_a_barrier_at_zero(f):
 
 
 def test_prefer_is_no_objective_of_the_policy_stage():
-    assert "policy" in problems(parse, raw(objective="prefer", divergence="forward_kl"))[0]
+    for objective in ("prefer", "distil"):
+        found = problems(parse, raw(objective=objective, divergence="forward_kl", stages=["policy"]))
+        assert found == (f"objective: {objective} is not trained by the policy stage, but match or regularise is",)
 
 
 @pytest.mark.parametrize(
@@ -772,7 +779,8 @@ def test_every_shipped_config_comes_back_from_plain_values_and_from_yaml(path, t
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, options in CHOICES.items() for v in options])
 def test_every_choice_comes_back_from_plain_values_and_from_yaml(key, value, write):
-    values = raw(**{"stages": ["policy"], key: value})
+    trains = OBJECTIVES[value["name"]].stage if key == "objective" else "policy"
+    values = raw(**{"stages": [trains], "distil": {"teacher": "t"}, key: value})
     before = copy.deepcopy(values)
     config = parse(values)
     assert values == before
@@ -785,7 +793,7 @@ def test_the_choices_above_leave_none_out():
         return {v if isinstance(v, str) else v["name"] for v in CHOICES[key]}
 
     assert (chosen("target"), chosen("estimator")) == (TARGETS.keys(), ESTIMATORS.keys())
-    assert chosen("objective") == OBJECTIVES.keys() - {"prefer"}
+    assert chosen("objective") == OBJECTIVES.keys()
     named = {s if isinstance(s, str) else s["name"] for scorers in CHOICES["scorers"] for s in scorers.values()}
     assert named == SCORERS.keys()
 

@@ -43,7 +43,8 @@ INSIDE = {
     "estimators": ("loss", "groups", "ppo"),
     "config": ("files", "options", "checks"),
     "metrics": ("text", "likelihood", "divergence"),
-    "stages": ("common", "policy_log", "training", "policy_update", "sft", "reward", "policy", "evaluate"),
+    "stages": ("common", "training", "policy_log", "policy_update", "sft", "reward", "policy",
+               "prefer", "distil", "evaluate"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

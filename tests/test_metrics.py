@@ -278,10 +278,11 @@ def logged():
         config = SimpleNamespace(
             policy=shape, f=divergences.get(name), beta=0.5, target=SimpleNamespace(scorers=()), report_to="none"
         )
-        log, seen = Log(config, None, 0, writes=False, eos_token_id=EOS), {}
-        log.metrics = SimpleNamespace(log=lambda step, values: seen.update(values))
+        seen = {}
+        training = SimpleNamespace(accelerator=Accelerator(cpu=True), log=lambda step, values, *_: seen.update(values))
+        log = Log(config, training, eos_token_id=EOS)
         rollout = Rollout(batch, log_pi, torch.zeros_like(log_pi), [0, 1, 2])
-        log.step(1, rollout, {}, {}, potential, log_a, log_z, {}, 1.0, Accelerator(cpu=True))
+        log.step(1, rollout, {}, {}, potential, log_a, log_z, {}, 1.0)
         return seen, sequence_sum(log_pi, batch.mask), sequence_sum(log_a, batch.mask)
 
     return figures

@@ -15,8 +15,10 @@ from rlhf_fdiv.config.files import Dumper, read_yaml, with_overrides
 from rlhf_fdiv.config.options import (
     STAGES,
     DataOptions,
+    DistilOptions,
     EvaluateOptions,
     PolicyOptions,
+    PreferOptions,
     RewardOptions,
     RunConfig,
     SftOptions,
@@ -35,6 +37,8 @@ _SECTIONS: dict[str, Any] = {
     "sft": SftOptions,
     "reward": RewardOptions,
     "policy": PolicyOptions,
+    "prefer": PreferOptions,
+    "distil": DistilOptions,
     "evaluate": EvaluateOptions,
 }
 _CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}
@@ -42,9 +46,9 @@ _PLAIN: dict[str, Any] = {
     "name": str,
     "seed": Annotated[Integer, Field(ge=0, lt=2**32)],
     "output_dir": Annotated[str, Field(min_length=1)],
-    "stages": Annotated[list[Literal["sft", "reward", "policy", "evaluate"]], Field(min_length=1)],
+    "stages": Annotated[list[Literal[STAGES]], Field(min_length=1)],  # type: ignore[valid-type]
     "reuse": str | None,
-    "resume": Literal["sft", "reward", "policy", "evaluate"] | None,
+    "resume": Literal[STAGES] | None,  # type: ignore[valid-type]
     "report_to": Literal["tensorboard", "none"],
 }
 TOP_LEVEL = (*_PLAIN, *_SECTIONS, *_CHOICES, "divergence", "scorers")
@@ -84,7 +88,9 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     values["scorers"] = {str(n): _choice(SCORERS, s, f"scorers.{n}", problems) for n, s in scorers.items()}
     wrong_f: list[str] = []
     values["divergence"] = _divergence(raw.get("divergence", "reverse_kl"), "divergence", wrong_f)
-    values["stages"] = [stage for stage in STAGES if stage in (values.get("stages", STAGES) or ())]
+    trains = getattr(values["objective"], "stage", "policy")
+    stages = values.get("stages", ("sft", "reward", trains, "evaluate")) or ()
+    values["stages"] = [stage for stage in STAGES if stage in stages]
     for stage in ("sft", "reward"):
         if values[stage] is not None:
             _divergence(values[stage].divergence, f"{stage}.divergence", wrong_f)
@@ -198,18 +204,18 @@ def _conflicts(config: RunConfig) -> list[str]:
             "neyman_chi2, skew_js or alpha < 1"
         )
     for stage in config.stages:
-        for need in {"sft": ["sft_train"], "reward": ["preferences_train"], "policy": ["prompts_train"]}.get(
-            stage, ["prompts_eval"]
-        ):
+        for need in data_needs(config, stage):
             if getattr(config.data, need) is None:
                 problems.append(f"data.{need}: is required by the {stage} stage")
-    if "policy" in config.stages:
-        if message := config.objective.conflicts(config.f, config.target.has_zeros):
+    for stage in {"policy", "prefer", "distil"} & set(config.stages):
+        if config.objective.stage != stage:
+            fitting = " or ".join(name for name, cls in OBJECTIVES.items() if cls.stage == stage)
+            problems.append(f"objective: {config.objective.name} is not trained by the {stage} stage, but {fitting} is")
+        elif message := config.objective.conflicts(config.f, config.target.has_zeros):
             problems.append(f"divergence: {message}")
-        elif config.objective.name == "prefer":
-            problems.append(
-                "objective: prefer learns offline from pairs; the policy stage is on-policy: match or regularise"
-            )
+    if "distil" in config.stages and config.distil.teacher is None:
+        problems.append("distil.teacher: is required by the distil stage, a model folder or hub name")
+    if "policy" in config.stages:
         if config.policy.num_generations < config.estimator.min_generations:
             problems.append(
                 f"policy.num_generations: {config.estimator.name} needs at least {config.estimator.min_generations} "
@@ -222,6 +228,20 @@ def _conflicts(config: RunConfig) -> list[str]:
         if config.policy.per_device_train_batch_size % config.policy.num_generations:
             problems.append("policy.per_device_train_batch_size: must be a multiple of policy.num_generations")
     return problems
+
+
+def data_needs(config: RunConfig, stage: str) -> list[str]:
+    """The keys of `data` without which a stage cannot run."""
+    if stage == "distil":
+        share = getattr(config.objective, "on_policy", 1.0)
+        return [key for key, used in (("prompts_train", share > 0), ("sft_train", share < 1)) if used]
+    return {
+        "sft": ["sft_train"],
+        "reward": ["preferences_train"],
+        "policy": ["prompts_train"],
+        "prefer": ["preferences_train"],
+        "evaluate": ["prompts_eval"],
+    }[stage]
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

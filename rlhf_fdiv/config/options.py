@@ -10,9 +10,9 @@ from annotated_types import Gt, Le, MinLen
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.model_options import ModelOptions
-from rlhf_fdiv.ranges import BelowOne, Count, CountOrZero, Integer, NotNegative, Number, Positive, Share
+from rlhf_fdiv.ranges import BelowHalf, BelowOne, Count, CountOrZero, Integer, NotNegative, Number, Positive
 
-STAGES = ("sft", "reward", "policy", "evaluate")
+STAGES = ("sft", "reward", "policy", "prefer", "distil", "evaluate")
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
@@ -52,7 +52,7 @@ class RewardOptions:
 
     method: Literal["head", "finetune"] = "head"
     divergence: Any = "forward_kl"
-    label_smoothing: Share = 0.0
+    label_smoothing: BelowHalf = 0.0
     max_pairs: Count | None = None
     layers: Annotated[list[Annotated[float, Gt(0), Le(1)]], MinLen(1)] = field(default_factory=lambda: [0.4, 0.6])
     l2: NotNegative = 1000.0
@@ -99,6 +99,27 @@ class PolicyOptions(TrainingOptions):
 
 
 @dataclass(frozen=True)
+class PreferOptions(TrainingOptions):
+    """f-DPO on `data.preferences_train`: each step takes `num_pairs` pairs over all processes. Completions longer than
+    `max_completion_length` tokens are cut there."""
+
+    num_pairs: Count = 16
+    max_completion_length: Count = 64
+
+
+@dataclass(frozen=True)
+class DistilOptions(TrainingOptions):
+    """Distillation from `teacher`, which must share the student's vocabulary: on policy from `data.prompts_train`, off
+    policy from `data.sft_train`. `chunk` is how many positions are compared at a time; it bounds the memory beside the
+    logits."""
+
+    teacher: Annotated[str, MinLen(1)] | None = None
+    num_prompts: Count = 16
+    max_completion_length: Count = 32
+    chunk: Count = 128
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     """Measurement on held-out prompts, of the reference and of the policy with the same random streams."""
 
@@ -127,6 +148,8 @@ class RunConfig:
     sft: SftOptions
     reward: RewardOptions
     policy: PolicyOptions
+    prefer: PreferOptions
+    distil: DistilOptions
     evaluate: EvaluateOptions
     stages: list[str]
     seed: int = 0
@@ -138,6 +161,12 @@ class RunConfig:
     @property
     def f(self) -> divergences.Divergence:
         return divergences.get(self.divergence)
+
+    @property
+    def training(self) -> PolicyOptions | PreferOptions | DistilOptions:
+        """The section of the stage that trains for this objective."""
+        section: PolicyOptions | PreferOptions | DistilOptions = getattr(self, self.objective.stage)
+        return section
 
     @property
     def folder(self) -> Path:

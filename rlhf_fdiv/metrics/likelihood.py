@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fdiv.data import Rows
+from rlhf_fdiv.data import Rows, tokenize_completions
 from rlhf_fdiv.sequences import Sequences, pad, token_log_probs, wide
 
 
@@ -47,8 +47,7 @@ def perplexity(lm: Any, tokenizer: Any, rows: Rows, batch_size: int) -> dict[str
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompts = pad(tokenizer([r["prompt"] for r in batch])["input_ids"], 0, "left")
-        ids = tokenizer([r["completion"] for r in batch], add_special_tokens=False)["input_ids"]
-        completions = pad([[*x, tokenizer.eos_token_id] for x in ids], 0, "right")
+        completions = pad(tokenize_completions([r["completion"] for r in batch], tokenizer, 10**9), 0, "right")
         sequences = Sequences(*(x.to(device) for x in (*prompts, *completions)))
         nats -= float(token_log_probs(_logits(lm, sequences), sequences.completion_ids, sequences.mask).sum())
         tokens += float(sequences.mask.sum())

@@ -18,7 +18,7 @@ import transformers
 from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
-from rlhf_fdiv.config import STAGES, RunConfig
+from rlhf_fdiv.config import STAGES, RunConfig, data_needs
 from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.models import context_length, load_tokenizer
@@ -65,10 +65,13 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
 
 def check_inputs(config: RunConfig, stages: list[str]) -> None:
     """Reads every file that the stages will need, before any model is loaded. Raises UserError with all problems."""
+    student = {"prompts_train": PROMPTS, "sft_train": COMPLETIONS}
     needs: dict[str, dict[str, dict[str, type]]] = {
         "sft": {"sft_train": COMPLETIONS},
         "reward": {"preferences_train": PREFERENCES, "preferences_eval": PREFERENCES},
         "policy": {"prompts_train": PROMPTS},
+        "prefer": {"preferences_train": PREFERENCES, "preferences_eval": PREFERENCES},
+        "distil": {k: v for k, v in student.items() if k in data_needs(config, "distil")},
         "evaluate": {"prompts_eval": PROMPTS, "sft_eval": COMPLETIONS},
     }
     problems: list[str] = []
@@ -91,7 +94,7 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
                 collect(read_rows, spec.data, RATINGS)
             elif isinstance(spec, Function):
                 collect(spec.open, torch.device("cpu"))
-    policy_model = config.policy.model or config.model.name_or_path
+    policy_model = config.training.model or config.model.name_or_path
     if {"sft", "reward"} & set(stages) and config.model.name_or_path != policy_model:
         collect(load_tokenizer, config.model.name_or_path)
         collect(context_length, config.model.name_or_path)
@@ -99,7 +102,7 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
     context = collect(context_length, policy_model)
     if tokenizer is not None and context is not None:
         for source, rows in prompts.items():
-            collect(tokenize_prompts, rows, tokenizer, source, context - config.policy.max_completion_length)
+            collect(tokenize_prompts, rows, tokenizer, source, context - config.training.max_completion_length)
     if problems:
         raise UserError(*problems)
 
@@ -128,14 +131,16 @@ def process_state() -> PartialState:
 
 
 def starting_model(config: RunConfig, folder: RunFolder) -> str:
-    """The model that the policy starts from and is held to: `policy.model`, the run's SFT model, or `model`."""
-    if config.policy.model is not None:
-        return config.policy.model
+    """The model that training starts from and is held to: `policy.model`, the run's SFT model, or `model`."""
+    if config.training.model is not None:
+        return config.training.model
     made = folder.find("sft") if "sft" in config.stages or config.reuse or folder.stage("sft").exists() else None
     if made is not None:
         return str(made / "model")
     if folder.stage("sft").exists() or "sft" in config.stages:
-        raise UserError(f"{folder.stage('sft')}: the sft stage is not finished; run it first, or set policy.model")
+        raise UserError(
+            f"{folder.stage('sft')}: the sft stage is not finished; run it first, or set {config.objective.stage}.model"
+        )
     return config.model.name_or_path
 
 

@@ -37,22 +37,22 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
     # load
     start = starting_model(config, folder)
-    policy_folder = folder.find("policy")
-    if policy_folder is None:
-        raise UserError(f"{folder.path}: the policy stage is not finished; run it before evaluate")
+    trained = folder.find(config.objective.stage)
+    if trained is None:
+        raise UserError(f"{folder.path}: the {config.objective.stage} stage is not finished; run it before evaluate")
     source = str(config.data.prompts_eval)
     rows = read_rows(source, PROMPTS, options.num_prompts)
     if len(rows) * options.num_generations < 2:
         raise UserError("evaluate: one completion cannot be measured; raise num_prompts or num_generations")
     tokenizer = load_tokenizer(start)
-    length = config.policy.max_completion_length
+    length = config.training.max_completion_length
     ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - length)
     scorers = Scorers(resolve_scorers(config, folder), device)
     models = {
         "sft": load_causal_lm(start, config.model).to(device),
-        "policy": load_causal_lm(str(policy_folder / "model"), config.model).to(device),
+        "policy": load_causal_lm(str(trained / "model"), config.model).to(device),
     }
-    target = solved_target(config, policy_folder)
+    target = solved_target(config, trained)
 
     # the same prompts and random streams for both
     k, groups = options.num_generations, torch.arange(len(rows)).repeat_interleave(options.num_generations)
@@ -78,21 +78,26 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         report[name] |= held_out_perplexity(config, lm, tokenizer)
 
     # divergences and the objective
-    potential = {name: target.potential(scores[name]).double().cpu() for name in models}
     log_pi, log_a, kl = logs["policy"]
     fs = [divergences.get(spec) for spec in options.divergences]
-    log_z = log_partition(logs, potential, k)
-    log_p = log_target(log_a, potential["policy"], log_z.log_z.repeat_interleave(k))
     report["divergence_to_reference"] = metrics.measure_all(fs, log_pi, log_a, groups)
-    report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_p, groups, log_z.bias)
-    report["log_z"] = {"mean": float(log_z.log_z.mean()), "ess": log_z.ess, "samples": 2 * k, "bias": log_z.bias}
     report["policy"] |= {"kl_reference": float(kl.mean()), "kl_reference_se": clustered_error(kl, groups)}
     report["sft"] |= {"kl_reference": 0.0, "kl_reference_se": 0.0}
-    report["beta"] = config.beta
-    for name in models:
-        report[name]["objective"] = config.beta * (float(potential[name].mean()) - report[name]["kl_reference"])
-    gain = config.beta * (potential["policy"] - potential["sft"] - kl)
-    report["paired"] = {"objective_gain": float(gain.mean()), "objective_gain_se": clustered_error(gain, groups)}
+    report["beta"], report["paired"] = config.beta, {}
+    if config.objective.stage == "distil":
+        teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device)
+        log_q = torch.cat([metrics.score_both(teacher, teacher, d.sequences, options.batch_size)[0] for d in drawn])
+        report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_q, groups)
+    elif target is not None:
+        potential = {name: target.potential(scores[name]).double().cpu() for name in models}
+        log_z = log_partition(logs, potential, k)
+        log_p = log_target(log_a, potential["policy"], log_z.log_z.repeat_interleave(k))
+        report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_p, groups, log_z.bias)
+        report["log_z"] = {"mean": float(log_z.log_z.mean()), "ess": log_z.ess, "samples": 2 * k, "bias": log_z.bias}
+        for name in models:
+            report[name]["objective"] = config.beta * (float(potential[name].mean()) - report[name]["kl_reference"])
+        gain = config.beta * (potential["policy"] - potential["sft"] - kl)
+        report["paired"] |= {"objective_gain": float(gain.mean()), "objective_gain_se": clustered_error(gain, groups)}
     for name in scorers.names:
         report["paired"][f"{name}_gain"], report["paired"][f"{name}_gain_se"] = metrics.paired_difference(
             scores["policy"][name].cpu(), scores["sft"][name].cpu(), groups
@@ -153,11 +158,15 @@ def log_partition(
     return metrics.log_partition_of(both[1] + tilt, both[0], both[1])
 
 
-def solved_target(config: RunConfig, policy_folder: Path) -> Any:
-    """The config's target, with the λ that the policy stage solved."""
+def solved_target(config: RunConfig, trained: Path) -> Any:
+    """The config's target, with the λ that the policy stage solved; None where the run has no scores or λ for it."""
+    if not set(config.target.scorers) <= set(config.scorers):
+        return None
     if targets.unsolved(config.target) is None:
         return config.target
-    solution = json.loads((policy_folder / "target.json").read_text(encoding="utf-8"))
+    if not (trained / "target.json").is_file():
+        return None
+    solution = json.loads((trained / "target.json").read_text(encoding="utf-8"))
     return targets.with_lambdas(config.target, solution["lambdas"])
 
 

@@ -30,7 +30,7 @@ from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
 from rlhf_fdiv.stages.policy_update import forward, update
-from rlhf_fdiv.stages.training import Training
+from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.targets import LogPartition
 from rlhf_fdiv.tracking import RunFolder, newest_checkpoint, write_atomically
 
@@ -42,11 +42,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     # load
     start = starting_model(config, folder)
     specs = resolve_scorers(config, folder, config.target.scorers)
-    accelerator = Accelerator(step_scheduler_with_optimizer=False)
-    if options.num_prompts % accelerator.num_processes:
-        raise UserError(
-            f"policy.num_prompts: {options.num_prompts} must be a multiple of {accelerator.num_processes} processes"
-        )
+    accelerator = launch("policy.num_prompts", options.num_prompts)
     set_seed(config.seed)
     tokenizer = load_tokenizer(start)
     source = str(config.data.prompts_train)
@@ -54,7 +50,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     prompt_ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - options.max_completion_length)
     policy, reference = load_policy(start, config.model, estimator.value_head)
     log_partition = LogPartition()
-    training = Training(policy, options, out, accelerator, log_partition=log_partition)
+    training = Training(policy, options, out, accelerator, config.report_to, log_partition=log_partition)
     reference.to(accelerator.device)
     scorers = Scorers(specs, accelerator.device)
 
@@ -62,14 +58,14 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         step: int, prompts: list[int], num_generations: int, lm: torch.nn.Module, reference_share: float = 0.0
     ) -> tuple[Rollout, dict[str, Any]]:
         """This process's share of a step's completions, with their texts; of `lm`, but for `reference_share` of them."""
-        share = len(prompts) // accelerator.num_processes
-        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        places = training.share(list(range(len(prompts))))
+        mine = [prompts[i] for i in places]
 
         def noise(length: int, stream: int = 0) -> Tensor:
             whole = uniforms(config.seed, step, len(prompts) * num_generations, length, stream)
-            return whole.view(len(prompts), num_generations, -1)[mine].flatten(0, 1)
+            return whole.view(len(prompts), num_generations, -1)[places].flatten(0, 1)
 
-        ids = [prompt_ids[i] for i in prompts[mine]]
+        ids = [prompt_ids[i] for i in mine]
         draws = noise(options.max_completion_length)
         if reference_share:
             each = [x for x in ids for _ in range(num_generations)]
@@ -77,23 +73,23 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             drawn = sample_each([nullcontext(lm), reference.lm()], which, tokenizer, each, draws, options.engine)
         else:
             which, drawn = None, sample(lm, tokenizer, ids, num_generations, draws, options.engine)
-        batch = Rollout(*drawn, prompts[mine], own=None if which is None else which == 0)
+        batch = Rollout(*drawn, mine, own=None if which is None else which == 0)
         repeated = [rows[i] for i in batch.prompts for _ in range(num_generations)]
         texts = {"prompts": [r["prompt"] for r in repeated], "completions": batch.texts(tokenizer)}
         return batch, extra_columns(repeated) | texts
 
     target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
     step = training.restore()
-    log = Log(config, out, step, accelerator.is_main_process, tokenizer.eos_token_id)
+    log = Log(config, training, tokenizer.eos_token_id)
     if step == 0:
         self_check(
-            policy, reference, rollout(0, prompt_order(config.seed, 0, options.num_prompts, len(rows)), 1, policy.lm)[0]
+            policy, reference, rollout(0, row_order(config.seed, 0, options.num_prompts, len(rows)), 1, policy.lm)[0]
         )
 
     while step < options.max_steps:
         began = time.perf_counter()
         step += 1
-        prompts = prompt_order(config.seed, step, options.num_prompts, len(rows))
+        prompts = row_order(config.seed, step, options.num_prompts, len(rows))
 
         # roll out
         batch, texts = rollout(step, prompts, options.num_generations, policy.lm, options.reference_share)
@@ -119,30 +115,16 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         figures = update(training, estimator, batch, rewards, config.seed * 1_000_003 + step)
 
         # log
-        log.step(step, batch, texts, scores, potential, log_a, log_z, figures, time.perf_counter() - began, accelerator)
+        log.step(step, batch, texts, scores, potential, log_a, log_z, figures, time.perf_counter() - began)
         if training.end_step(step):
             log.flush_completions(step)
             training.save(step)
 
-    log.close()
+    training.close()
     if accelerator.is_main_process:
         save_policy(policy, tokenizer, out)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def prompt_order(seed: int, step: int, count: int, total: int) -> list[int]:
-    """The rows of one step: a new permutation each epoch, as a function of the step alone, so that a resume needs no state.
-
-    Step 0 is the self-check's.
-    """
-    first = max(step - 1, 0) * count
-    rows: list[int] = []
-    for position in range(first, first + count):
-        epoch, place = divmod(position, total)
-        generator = torch.Generator().manual_seed(seed * 7919 + epoch)
-        rows.append(int(torch.randperm(total, generator=generator)[place]))
-    return rows
 
 
 def solve_target(
@@ -169,7 +151,7 @@ def solve_target(
         * accelerator.num_processes
     )
     scores: dict[str, list[Tensor]] = {name: [] for name in target.scorers}
-    prompts = prompt_order(config.seed + 1, 1, count, num_rows)
+    prompts = row_order(config.seed + 1, 1, count, num_rows)
     width = max(config.policy.num_prompts, accelerator.num_processes)
     for i in range(0, count, width):
         with reference.lm() as lm:

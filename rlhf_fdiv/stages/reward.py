@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.data import PREFERENCES, Rows, read_rows
+from rlhf_fdiv.data import PREFERENCES, Rows, rater_shares, read_rows
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.objectives import preference_divergence
+from rlhf_fdiv.objectives import preference_divergence, soft_labels
 from rlhf_fdiv.reward_models import HeadReward, HiddenStates, fit_head, load_reward_model
 from rlhf_fdiv.stages.common import process_state, run_stage, trainer_arguments
 from rlhf_fdiv.stages.sft import MetricsCallback
@@ -30,7 +30,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     rows = read_rows(str(config.data.preferences_train), PREFERENCES, options.max_pairs)
     held_out = read_rows(config.data.preferences_eval, PREFERENCES) if config.data.preferences_eval else []
     f = divergences.get(options.divergence)
-    preference = soft_labels(rows, options.label_smoothing)
+    preference = soft_labels(rater_shares(rows), options.label_smoothing)
     certain = int(((preference == 0) | (preference == 1)).sum())
     if certain and f.f_prime_at_infinity == float("inf"):
         raise UserError(
@@ -48,12 +48,6 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         report = accuracy(model, held_out, options.batch_size)
         write_atomically(out / "accuracy.json", json.dumps(report, indent=2))
         print("held-out pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in report.items()))
-
-
-def soft_labels(rows: Rows, smoothing: float) -> Tensor:
-    """The share of raters who prefer `chosen` (1 where a row says nothing), moved towards ½ by `smoothing`; [N]."""
-    share = torch.tensor([float(1.0 if row.get("preference") is None else row["preference"]) for row in rows])
-    return share * (1 - smoothing) + smoothing / 2
 
 
 def fit_on_hidden_states(
@@ -117,11 +111,16 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
 
 
 def accuracy(model: Any, rows: Rows, batch_size: int) -> dict[str, float]:
-    """The share of held-out pairs that the model orders as the raters do: of all, and of those more than 1 apart."""
+    """The share of held-out pairs that the model orders as the raters do."""
     scores = [
         model.score([r["prompt"] for r in rows], [r[side] for r in rows], batch_size) for side in ("chosen", "rejected")
     ]
-    right = (torch.tensor(scores[0]) > torch.tensor(scores[1])).float()
+    return agreement(torch.tensor(scores[0]) - torch.tensor(scores[1]), rows)
+
+
+def agreement(margin: Tensor, rows: Rows) -> dict[str, float]:
+    """The share of pairs with a positive margin, chosen over rejected, [N]: of all, and of those more than 1 apart."""
+    right = (margin > 0).float()
     report = {"accuracy": float(right.mean()), "pairs": float(len(rows))}
     apart = torch.tensor([abs(float(row.get("margin") or 0)) > 1 for row in rows])
     if apart.any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,13 +13,36 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from torch import Tensor
 from transformers import get_scheduler
 
 from rlhf_fdiv.config.options import TrainingOptions
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy
-from rlhf_fdiv.tracking import newest_checkpoint, prune_checkpoints
+from rlhf_fdiv.tracking import Metrics, newest_checkpoint, prune_checkpoints
+
+
+def launch(key: str, count: int) -> Accelerator:
+    """The Accelerator of this process. Raises UserError where a step's `count` rows cannot be shared out evenly."""
+    accelerator = Accelerator(step_scheduler_with_optimizer=False)
+    if count % accelerator.num_processes:
+        raise UserError(f"{key}: {count} must be a multiple of {accelerator.num_processes} processes")
+    return accelerator
+
+
+def row_order(seed: int, step: int, count: int, total: int) -> list[int]:
+    """The rows of one step: a new permutation each epoch, as a function of the step alone, so that a resume needs no state.
+
+    Step 0 is the self-check's.
+    """
+    first = max(step - 1, 0) * count
+    rows: list[int] = []
+    while len(rows) < count:
+        epoch, place = divmod(first + len(rows), total)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+        rows += order[place : place + count - len(rows)].tolist()
+    return rows
 
 
 class Training:
@@ -26,7 +50,13 @@ class Training:
     among it: objects with `state_dict` and `load_state_dict`."""
 
     def __init__(
-        self, policy: Policy, options: TrainingOptions, out: Path, accelerator: Accelerator, **state: Any
+        self,
+        policy: Policy,
+        options: TrainingOptions,
+        out: Path,
+        accelerator: Accelerator,
+        report_to: str = "none",
+        **state: Any,
     ) -> None:
         self.options: Any = options
         self.out, self.accelerator = out, accelerator
@@ -40,6 +70,8 @@ class Training:
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.state = {"scheduler": scheduler, **state}
         self.at_step, self.batch = 0, dict[str, list[Any]]()
+        self._report_to, self._seconds = report_to, 0.0
+        self._metrics: Metrics | None = None
 
     def step(self, rows: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """One optimiser step along the mean of `loss_of(rows)` ([b] → [b]), in micro-batches; returns loss and grad_norm.
@@ -60,6 +92,11 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, float(norm)  # type: ignore[arg-type]
+
+    def share(self, rows: list[int]) -> list[int]:
+        """This process's part of a step's rows."""
+        width = len(rows) // self.accelerator.num_processes
+        return rows[self.accelerator.process_index * width :][:width]
 
     @contextlib.contextmanager
     def keeping(self, step: int, batch: dict[str, list[Any]]) -> Iterator[None]:
@@ -85,6 +122,23 @@ class Training:
         path = self.out / f"bad_batch-{self.at_step}.parquet"
         pd.DataFrame(self.batch).to_parquet(path)
         return f"The batch is in {path}; no weight was changed by it, and the last checkpoint is intact"
+
+    def log(self, step: int, values: dict[str, float], seconds: float, shown: tuple[str, ...] = ()) -> None:
+        """One row of metrics.jsonl and one line on the screen, of what is `shown` of it, by the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        if self._metrics is None:
+            self._metrics = Metrics(self.out, self._report_to, step - 1)
+        self._metrics.log(step, {**values, "seconds": seconds})
+        self._seconds = 0.9 * self._seconds + 0.1 * seconds if self._seconds else seconds
+        left = (self.options.max_steps - step) * self._seconds / 60
+        figures = "  ".join(f"{k} {values[k]:.3g}" for k in shown or values if math.isfinite(values[k]))
+        line = f"[bold]{step:>5}/{self.options.max_steps}[/]  {figures}  {seconds:.1f} s, {left:.0f} min left"
+        Console(highlight=False).print(line, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
 
     def end_step(self, step: int) -> bool:
         """Advances the schedule; True where a checkpoint is due."""

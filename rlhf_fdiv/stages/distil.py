@@ -1,0 +1,116 @@
+"""Distillation: completions of the student (or the data) → both next-token distributions → D_f by token → update → log.
+
+accelerate launch -m rlhf_fdiv.stages.distil CONFIG [a.b=value …]
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, read_rows, tokenize_completions, tokenize_prompts
+from rlhf_fdiv.divergences import Divergence
+from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.models import Policy, context_length, load_causal_lm, load_policy, load_tokenizer, save_policy
+from rlhf_fdiv.objectives import Distil
+from rlhf_fdiv.rollout import sample, uniforms
+from rlhf_fdiv.sequences import Sequences, pad, sequence_sum, wide
+from rlhf_fdiv.stages.common import run_stage, starting_model
+from rlhf_fdiv.stages.training import Training, launch, row_order
+from rlhf_fdiv.tracking import RunFolder
+
+
+def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
+    """Trains the student and writes `model/`, `metrics.jsonl` and checkpoints into `out`."""
+    options, f, objective = config.distil, config.f, config.objective
+
+    # load
+    start, length = starting_model(config, folder), options.max_completion_length
+    accelerator = launch("distil.num_prompts", options.num_prompts)
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(start)
+    room = min(context_length(start), context_length(str(options.teacher))) - length
+    prompts = _read(config.data.prompts_train, PROMPTS, tokenizer, room) if objective.on_policy > 0 else ([], [])
+    texts = _read(config.data.sft_train, COMPLETIONS, tokenizer, room) if objective.on_policy < 1 else ([], [])
+    policy, _ = load_policy(start, config.model)
+    teacher = load_teacher(config, tokenizer).to(accelerator.device)
+    training = Training(policy, options, out, accelerator, config.report_to)
+
+    step = training.restore()
+    while step < options.max_steps:
+        began = time.perf_counter()
+        step += 1
+
+        # completions: the student's own, or those of the data
+        own = float(uniforms(config.seed, step, 1, 1, stream=2)) < objective.on_policy
+        rows, ids = prompts if own else texts
+        numbers = training.share(row_order(config.seed, step, options.num_prompts, len(rows)))
+        if own:
+            noise = uniforms(config.seed, step, options.num_prompts, length)
+            mine = torch.tensor(training.share(list(range(options.num_prompts))))
+            batch, *_ = sample(policy.lm, tokenizer, [ids[i] for i in numbers], 1, noise[mine])
+        else:
+            written = tokenize_completions([rows[i]["completion"] for i in numbers], tokenizer, length)
+            columns = (*pad([ids[i] for i in numbers], 0, "left"), *pad(written, 0, "right"))
+            batch = Sequences(*(x.to(accelerator.device) for x in columns))
+
+        # D_f by token, and the update
+        def loss_of(some: Tensor, batch: Sequences = batch) -> Tensor:
+            part = batch[some]
+            with torch.no_grad():
+                theirs = teacher(part).logits
+            by_token = token_divergences(objective, f, training.policy(part).logits, theirs, options.chunk)
+            return sequence_sum(by_token, part.mask)
+
+        with training.keeping(step, {"prompt": [rows[i]["prompt"] for i in numbers]}):
+            loss, norm = training.step(torch.arange(len(numbers)), loss_of)
+
+        # log
+        tokens = float(accelerator.gather(batch.mask.sum(1)).double().mean())
+        values = {"loss": loss, "divergence_by_token": loss / tokens, "length": tokens, "on_policy": float(own)}
+        training.log(step, {**values, "grad_norm": norm}, time.perf_counter() - began)
+        if training.end_step(step):
+            training.save(step)
+
+    training.close()
+    if accelerator.is_main_process:
+        save_policy(policy, tokenizer, out)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def token_divergences(objective: Distil, f: Divergence, ours: Tensor, theirs: Tensor, chunk: int) -> Tensor:
+    """D_f(student‖teacher) of each position, [B, T], from logits [B, T, V]; `chunk` positions at a time, recomputed in the
+    backward pass, so that beside the logits only one chunk's worth of [chunk, V] is ever held."""
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return objective.divergence(f, wide(x).log_softmax(-1), wide(y).log_softmax(-1))
+
+    blocks = zip(ours.flatten(0, 1).split(chunk), theirs.flatten(0, 1).split(chunk), strict=True)
+    return torch.cat([checkpoint(part, x, y, use_reentrant=False) for x, y in blocks]).view(ours.shape[:2])
+
+
+def load_teacher(config: RunConfig, tokenizer: Any) -> Policy:
+    """The frozen teacher. Raises UserError where its vocabulary is not the student's: its words would be others."""
+    name = str(config.distil.teacher)
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"distil.teacher: {name} has another vocabulary than the student; both must share one tokenizer"
+        )
+    return Policy(load_causal_lm(name, config.model).requires_grad_(False))
+
+
+def _read(source: str | None, fields: dict[str, type], tokenizer: Any, room: int) -> tuple[Rows, list[list[int]]]:
+    rows = read_rows(str(source), fields)
+    return rows, tokenize_prompts(rows, tokenizer, str(source), room)
+
+
+if __name__ == "__main__":
+    run_stage("distil")
