@@ -122,11 +122,23 @@ class Distil:
 
     def divergence(self, f: Divergence, log_pi: Tensor, log_q: Tensor) -> Tensor:
         """D_f by token in nats, exact over the vocabulary; log-probs of student and teacher, [..., V] each → [...]."""
-        if self.skew:
-            first, second = (log_pi, log_q) if self.skew_of == "student" else (log_q, log_pi)
-            mixed = torch.logaddexp(first + math.log1p(-self.skew), second + math.log(self.skew))
-            log_pi, log_q = (mixed, log_q) if self.skew_of == "student" else (log_pi, mixed)
-        return exact(f, log_pi, log_q)
+        return exact(f, *self._skewed(log_pi, log_q))
+
+    def slope(self, f: Divergence, log_pi: Tensor, log_q: Tensor) -> Tensor:
+        """∂D_f/∂log π of each next token, [..., V]: π·f'(π/q), as in `match`; the skew's chain rule where there is one."""
+        ours, theirs = self._skewed(log_pi, log_q)
+        s = ours - theirs
+        by_first = log_pi.exp() * f.f_prime(s)
+        if self.skew_of == "student" or not self.skew:
+            return (1 - self.skew) * by_first
+        return by_first + self.skew * log_pi.exp() * f.dual().f_prime(-s)  # ∂/∂q of q·f(π/q) is the dual's slope
+
+    def _skewed(self, log_pi: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.skew:
+            return log_pi, log_q
+        first, second = (log_pi, log_q) if self.skew_of == "student" else (log_q, log_pi)
+        mixed = torch.logaddexp(first + math.log1p(-self.skew), second + math.log(self.skew))
+        return (mixed, log_q) if self.skew_of == "student" else (log_pi, mixed)
 
     def conflicts(self, f: Divergence, target_has_zeros: bool = False) -> str | None:
         return None

@@ -110,13 +110,13 @@ class PreferOptions(TrainingOptions):
 @dataclass(frozen=True)
 class DistilOptions(TrainingOptions):
     """Distillation from `teacher`, which must share the student's vocabulary: on policy from `data.prompts_train`, off
-    policy from `data.sft_train`. `chunk` is how many positions are compared at a time; it bounds the memory beside the
+    policy from `data.sft_train`. `chunk` is how many tokens are compared at a time; it bounds the memory beside the
     logits."""
 
     teacher: Annotated[str, MinLen(1)] | None = None
     num_prompts: Count = 16
     max_completion_length: Count = 32
-    chunk: Count = 128
+    chunk: Count = 16
 
 
 @dataclass(frozen=True)

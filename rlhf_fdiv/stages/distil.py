@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, read_rows, tokenize_completions, tokenize_prompts
@@ -21,7 +20,7 @@ from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, context_length, load_causal_lm, load_policy, load_tokenizer, save_policy
 from rlhf_fdiv.objectives import Distil
 from rlhf_fdiv.rollout import sample, uniforms
-from rlhf_fdiv.sequences import Sequences, pad, sequence_sum, wide
+from rlhf_fdiv.sequences import Sequences, pad, wide
 from rlhf_fdiv.stages.common import run_stage, starting_model
 from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.tracking import RunFolder
@@ -66,8 +65,8 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             part = batch[some]
             with torch.no_grad():
                 theirs = teacher(part).logits
-            by_token = token_divergences(objective, f, training.policy(part).logits, theirs, options.chunk)
-            return sequence_sum(by_token, part.mask)
+            by_token = token_divergences(objective, f, training.policy(part).logits, theirs, part.mask, options.chunk)
+            return by_token.sum(-1)
 
         with training.keeping(step, {"prompt": [rows[i]["prompt"] for i in numbers]}):
             loss, norm = training.step(torch.arange(len(numbers)), loss_of)
@@ -86,15 +85,34 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     accelerator.end_training()
 
 
-def token_divergences(objective: Distil, f: Divergence, ours: Tensor, theirs: Tensor, chunk: int) -> Tensor:
-    """D_f(student‖teacher) of each position, [B, T], from logits [B, T, V]; `chunk` positions at a time, recomputed in the
-    backward pass, so that beside the logits only one chunk's worth of [chunk, V] is ever held."""
+def token_divergences(
+    objective: Distil, f: Divergence, ours: Tensor, theirs: Tensor, mask: Tensor, chunk: int
+) -> Tensor:
+    """D_f(student‖teacher) of each token, [B, T], from logits [B, T, V]; `chunk` tokens at a time, 0 where masked."""
+    tokens = mask.bool()
+    values: Tensor = _ByToken.apply(ours[tokens], theirs[tokens], objective, f, chunk)  # type: ignore[no-untyped-call]
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(tokens, values)
 
-    def part(x: Tensor, y: Tensor) -> Tensor:
-        return objective.divergence(f, wide(x).log_softmax(-1), wide(y).log_softmax(-1))
 
-    blocks = zip(ours.flatten(0, 1).split(chunk), theirs.flatten(0, 1).split(chunk), strict=True)
-    return torch.cat([checkpoint(part, x, y, use_reentrant=False) for x, y in blocks]).view(ours.shape[:2])
+class _ByToken(torch.autograd.Function):
+    """Takes the slope together with the value, so that of all that f computes nothing of [N, V] outlives a chunk but the
+    gradient of the logits; autograd through f would keep dozens of such tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, theirs: Tensor, objective: Distil, f: Divergence, chunk: int) -> Tensor:
+        values, gradient = [], torch.empty_like(ours)
+        for x, y, out in zip(ours.split(chunk), theirs.split(chunk), gradient.split(chunk), strict=True):
+            log_pi, log_q = wide(x).log_softmax(-1), wide(y).log_softmax(-1)
+            values.append(objective.divergence(f, log_pi, log_q))
+            slope = objective.slope(f, log_pi, log_q)
+            out.copy_(slope - log_pi.exp() * slope.sum(-1, keepdim=True))  # through the softmax
+        ctx.save_for_backward(gradient)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient), None, None, None, None
 
 
 def load_teacher(config: RunConfig, tokenizer: Any) -> Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,30 +15,31 @@ class LogPartition:
 
     Each prompt's estimates are averaged with equal weight, then exponentially once `horizon` of them are in, so that
     early, poor ones fade. A prompt is its row number in the prompt data; the state goes into the checkpoint. The first
-    estimate of an unseen prompt is that of its own batch.
+    estimate of an unseen prompt is that of its own batch. At most `capacity` prompts are kept, those visited last.
     """
 
-    def __init__(self, horizon: int = 50) -> None:
-        self.horizon = horizon
-        self._log_z: dict[int, float] = {}
-        self._count: dict[int, int] = {}
+    def __init__(self, horizon: int = 50, capacity: int = 1_000_000) -> None:
+        self.horizon, self.capacity = horizon, capacity
+        self._kept: dict[int, tuple[float, int]] = {}  # log Ẑ and visits, the longest unvisited prompt first
 
     def update(self, prompts: list[int], log_weights: Tensor) -> Tensor:
         """Takes log p̃ − log π_old, [P, K] (−inf where p̃ = 0), and returns the running log Ẑ, [P]."""
         batch = torch.logsumexp(log_weights.double(), 1) - math.log(log_weights.shape[1])
         for prompt, new in zip(prompts, batch.tolist(), strict=True):
-            n = self._count[prompt] = self._count.get(prompt, 0) + 1
-            rate = max(1 / n, 1 / self.horizon)
-            old = self._log_z.get(prompt, -math.inf)
-            self._log_z[prompt] = _log_mix(old, new, rate)
-        return torch.tensor([self._log_z[p] for p in prompts], dtype=log_weights.dtype, device=log_weights.device)
+            old, visits = self._kept.pop(prompt, (-math.inf, 0))
+            rate = max(1 / (visits + 1), 1 / self.horizon)
+            self._kept[prompt] = _log_mix(old, new, rate), visits + 1
+        log_z = [self._kept[p][0] for p in prompts]
+        for longest_unvisited in list(islice(self._kept, max(len(self._kept) - self.capacity, 0))):
+            del self._kept[longest_unvisited]
+        return torch.tensor(log_z, dtype=log_weights.dtype, device=log_weights.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"log_z": dict(self._log_z), "count": dict(self._count)}
+        return {"prompts": list(self._kept), "kept": list(self._kept.values())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._log_z = {int(k): float(v) for k, v in state["log_z"].items()}
-        self._count = {int(k): int(v) for k, v in state["count"].items()}
+        kept = ((float(log_z), int(visits)) for log_z, visits in state["kept"])
+        self._kept = dict(zip(map(int, state["prompts"]), kept, strict=True))
 
 
 def _log_mix(old: float, new: float, rate: float) -> float:
