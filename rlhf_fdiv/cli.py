@@ -72,6 +72,8 @@ def _stage_command(name: str, text: str) -> None:
 _stage_command("sft", "Supervised fine-tuning, its loss any f with finite f'(∞).")
 _stage_command("reward", "A reward model from human preferences.")
 _stage_command("policy", "On-policy alignment.")
+_stage_command("prefer", "f-DPO: alignment from pairs, offline.")
+_stage_command("distil", "Distillation from a teacher, by token, with any f.")
 _stage_command("evaluate", "Before and after, on held-out prompts.")
 
 
@@ -96,6 +98,37 @@ def list_divergences(
     Console().print(table)
     if plot is not None:
         typer.echo(f"plot: {plot}")
+
+
+@app.command()
+def verify(
+    divergence: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this f, by name, as a YAML mapping or as package.module:Class; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Only the rows, as a JSON list.")] = False,
+) -> None:
+    """The proof of every divergence × objective × target × estimator; exit code 1 where a row fails."""
+    import json
+
+    import torch
+    from rich.console import Console
+
+    from rlhf_fdiv import verify as proof
+
+    torch.set_num_threads(1)  # the tensors are tiny: several threads would only wait for each other
+    console, rows = Console(width=120), list[proof.Row]()
+    for part in proof.verify(divergence or ()):
+        rows += part
+        if not as_json:
+            console.print(*proof.tables(part))
+    if as_json:
+        typer.echo(json.dumps([row._asdict() for row in rows], indent=1, ensure_ascii=False))
+    else:
+        failed = [row for row in rows if row.status == "fail"]
+        console.print(*proof.tables(failed), f"{len(rows)} rows: {proof.counts(rows)}")
+    if any(row.status == "fail" for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command("config-schema")

@@ -82,8 +82,9 @@ def _conjugate(f: Divergence) -> str | None:
     touching = u * s.exp() - f.f(s)  # Fenchel–Young holds with equality at u = f'(t)
     if not _close(f.conjugate(u), touching, 1e-5, 1e-7):
         return "conjugate is not sup_t ut − f(t): Fenchel–Young fails at u = f'(t)"
-    gap = f.conjugate(u)[:, None] - (u[:, None] * s.exp() - f.f(s))
-    return "conjugate lies below ut − f(t) somewhere" if bool((gap < -1e-6 * (1 + s.exp())).any()) else None
+    linear = u[:, None] * s.exp()
+    gap, rounding = f.conjugate(u)[:, None] - (linear - f.f(s)), 1e-12 * (linear.abs() + f.f(s))
+    return "conjugate lies below ut − f(t) somewhere" if bool((gap < -1e-6 * (1 + s.exp()) - rounding).any()) else None
 
 
 def _dual(f: Divergence) -> str | None:

@@ -27,8 +27,8 @@ def divergence_class(name: str) -> type[Divergence]:
         module, _, attribute = name.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"cannot load the divergence {name!r}: {error}") from error
+        except Exception as error:  # a user's own module may raise anything
+            raise ValueError(f"cannot load the divergence {name!r}: {type(error).__name__}: {error}") from error
         if not (isinstance(found, type) and issubclass(found, Divergence) and hasattr(found, "name")):
             raise ValueError(f"{name!r} is no subclass of rlhf_fdiv.divergences.Divergence with a name")
         return found
