@@ -69,6 +69,7 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
 
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         merged: Any = PeftModel.from_pretrained(load_causal_lm(base, options), path).merge_and_unload().eval()
+        merged.requires_grad_(True)  # peft has frozen the base, and a full model is to be trained from here too
         merged.name_or_path = path  # which an adapter trained on it names as its base
         return merged
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()

@@ -66,7 +66,8 @@ def uniforms(seed: int, step: int, rows: int, length: int, stream: int = 0) -> T
 
     By global row, hence the same on any number of processes, for any policy (paired comparisons) and after a resume.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + stream * 2**61) % 2**63)
+    # torch seeds its CPU generator with the low 32 bits alone, so that is where streams must differ
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + stream * 2**30) % 2**32)
     return torch.rand(rows, length, generator=generator, dtype=torch.float64)
 
 

@@ -163,7 +163,7 @@ def solve_target(
         target, solution = targets.solve(target, table)
     except ValueError as error:
         raise UserError(f"target: {error}") from error
-    log_partition.update(prompts, target.potential(table))
+    log_partition.warm_start(prompts, target.potential(table))
     if solution is not None and accelerator.is_main_process:
         names = list(moments.moments)  # type: ignore[union-attr]
         moments_of = {

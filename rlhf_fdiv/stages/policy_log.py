@@ -58,16 +58,16 @@ class Log:
             figures["ess_importance"] = float(effective_sample_size(weights.log()))
             figures["clipped_importance"] = float((weights >= self.config.policy.max_importance_weight).float().mean())
         drawn = own.bool()
-        measured = divergences.estimate(
-            self.config.f, log_pi[drawn], log_p[drawn], (torch.arange(len(whole)) // k)[drawn.cpu()]
-        )
+        groups, divergence = (torch.arange(len(whole)) // k)[drawn.cpu()], math.nan
+        if len(groups) >= 2:  # of a large reference_share the policy may have drawn none
+            divergence = divergences.estimate(self.config.f, log_pi[drawn], log_p[drawn], groups).value
         log_pi, log_ref, potential, log_z, entropy, lengths, finished, _, _, *score_columns = whole[drawn].unbind(1)
         kl = float((log_pi - log_ref).mean())
         values = {
             "objective": self.config.beta * (float(potential.mean()) - kl),
             **{name: float(column.mean()) for name, column in zip(scores, score_columns, strict=True)},
             "kl_reference": kl,
-            "divergence_target": measured.value,
+            "divergence_target": divergence,
             "log_z": float(log_z.mean()),
             "ess_log_z": float(ess.mean()),
             "out_of_support": float((potential == -math.inf).float().mean()),
