@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,8 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
-from uuid import uuid4
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +50,7 @@ def package_archive(name: str, version: str, sha256: str, sdist: bool = False) -
         (fetched,) = Path(folder).iterdir()
         if (found := _sha256(fetched)) != sha256:
             raise RuntimeError(
-                f"{name}=={version}: what the package registry sent has sha256 {found}, expected {sha256}. "
-                "Nothing was kept."
+                f"{name}=={version}: the registry sent sha256 {found}, expected {sha256}; nothing was kept"
             )
         os.replace(fetched, cached)
     return cached
@@ -63,18 +60,16 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """The folder `target`, made by `build(empty folder)` where it is missing; of several processes the first one wins."""
     if target.is_dir():
         return target
-    # Not tempfile.mkdtemp: its 0700 would survive the rename and shut others out of a shared cache.
-    part = target.with_name(f".{target.name}-{uuid4().hex}")
-    part.mkdir(parents=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as private:
+        part = Path(private) / target.name  # not `private` itself: its 0700 would shut others out of a shared cache
+        part.mkdir()
         build(part)
         try:
             os.replace(part, target)
         except OSError:
             if not target.is_dir():
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target
 
 
@@ -91,10 +86,8 @@ def resolve_model(name: str) -> str:
 def rated_snippets() -> list[tuple[str, tuple[int, ...]]]:
     """(text, each rater's score in -4…4) of the film review snippets in vaderSentiment's sdist."""
 
-    def member(archive: tarfile.TarFile, tail: str) -> IO[bytes]:
-        file = archive.extractfile(next(name for name in archive.getnames() if name.endswith(tail)))
-        assert file is not None
-        return file
+    def member(archive: tarfile.TarFile, tail: str) -> Any:
+        return archive.extractfile(next(name for name in archive.getnames() if name.endswith(tail)))
 
     def cells(archive: tarfile.TarFile, kind: str) -> list[list[str]]:
         return [line.decode().strip().split("\t") for line in member(archive, f"movieReviewSnippets_{kind}.txt")]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ PREFERENCES: dict[str, type] = {"prompt": str, "chosen": str, "rejected": str}
 RATINGS: dict[str, type] = {"text": str, "rating": float}
 
 Rows = list[dict[str, Any]]
-_LARGEST = sys.float_info.max
 
 
 def locate(source: str) -> str:
@@ -37,24 +38,14 @@ def read_rows(source: str, needs: dict[str, type], limit: int | None = None) -> 
 
     Raises UserError that names the file and the rows, at most five of them, and the mend.
     """
-    path = Path(locate(source))
-    try:
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no file can have this name: {error}") from error
     rows: Rows = []
     problems: list[str] = []
-    for number, row in _numbered(path, source):
-        if isinstance(row, str):
-            problems.append(f"{source}, row {number}: {row}")
-        else:
-            problems += [f"{source}, row {number}: {p}" for p in _row_problems(row, needs)]
+    for number, row in enumerate(_raw_rows(source), 1):
+        problems += [f"{source}, row {number}: {p}" for p in _row_problems(row, needs)]
         if len(problems) >= 5:
             raise UserError(*problems[:5], f"{source}: stopped after five problems")
-        rows.append(row if isinstance(row, dict) else {})
-        if limit is not None and len(rows) == limit:
+        rows.append(row)
+        if len(rows) == limit:
             break
     if problems:
         raise UserError(*problems)
@@ -63,112 +54,106 @@ def read_rows(source: str, needs: dict[str, type], limit: int | None = None) -> 
     return rows
 
 
-def _numbered(path: Path, source: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Row numbers from 1 and rows, or a sentence where a row cannot be read."""
-    if path.suffix == ".jsonl" and path.is_file():
-        return _jsonl(path)
-    if path.is_file():
-        if path.suffix == ".json":
-            return enumerate(_json_list(path, source), 1)
-        if path.suffix in (".parquet", ".pq"):
-            import pyarrow.parquet as pq
-
-            try:
-                return enumerate(pq.read_table(path).to_pylist(), 1)
-            except Exception as error:
-                raise UserError(f"{source}: not a readable Parquet file: {error}") from error
-        raise UserError(f"{source}: unknown kind of file {path.suffix!r}; use .jsonl, .json or .parquet")
-    if path.is_dir():
-        from datasets import Dataset, load_from_disk
-
-        try:
-            data = load_from_disk(str(path))
-        except IndexError:
-            return iter(())  # how `datasets` reads a saved split without rows
-        except Exception as error:
-            raise UserError(f"{source}: a folder, but not one that `Dataset.save_to_disk` wrote") from error
-        if not isinstance(data, Dataset):
-            raise UserError(
-                f"{source}: holds several splits; name one, for example {source}/{next(iter(data), 'train')}"
-            )
-        return ((i, dict(row)) for i, row in enumerate(data, 1))
-    if source.startswith("film_reviews/"):
-        raise UserError(
-            f"{source}: no such file{did_you_mean(path.name, (p.name for p in path.parent.glob('*.jsonl')))}"
-        )
-    if path.suffix in (".jsonl", ".json", ".parquet", ".pq") or source.count("/") != 1 or source.startswith((".", "/")):
+def _raw_rows(source: str) -> Iterable[Any]:
+    """What stands in each row; a UserError in place of a line that cannot be read."""
+    path = Path(locate(source))
+    if os.path.isfile(path):
+        if path.suffix not in _READERS:
+            raise UserError(f"{source}: unknown kind of file {path.suffix!r}; use .jsonl, .json or .parquet")
+        kind, read = _READERS[path.suffix]
+    elif os.path.isdir(path):
+        kind, read = "a folder that `Dataset.save_to_disk` wrote", _folder
+    elif source.startswith("film_reviews/"):
+        there = [p.name for p in path.parent.glob("*.jsonl")]
+        raise UserError(f"{source}: no such file{did_you_mean(path.name, there)}")
+    elif path.suffix in _READERS or source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(f"{source}: no such file or folder")
-    return _hub(source)
+    else:
+        kind, read = "a file here or a dataset of the hub", _hub
+    try:
+        return read(str(path))
+    except Exception as error:  # those of pyarrow and of the hub are of many kinds
+        raise UserError(f"{source}: not readable as {kind}: {error}") from error
 
 
-def _hub(source: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _json_lines(path: str) -> Iterator[Any]:
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if text := line.decode("utf-8-sig").strip():
+                    yield json.loads(text)
+            except UnicodeDecodeError as error:
+                yield UserError(f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
+            except (ValueError, RecursionError) as error:
+                yield UserError(f"not JSON: {error}")
+
+
+def _json_list(path: str) -> list[Any]:
+    rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list):
+        raise ValueError(f"it must hold a list of objects, not {type(rows).__name__}; or use .jsonl")
+    return rows
+
+
+def _parquet(path: str) -> Rows:
+    from pyarrow.parquet import read_table
+
+    return read_table(path).to_pylist()
+
+
+def _folder(path: str) -> Iterable[Any]:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        data = load_from_disk(path)
+    except IndexError:
+        return []  # how `datasets` reads a saved split without rows
+    if not isinstance(data, Dataset):
+        raise ValueError(f"it holds several splits; name one, for example {path}/{next(iter(data), 'train')}")
+    return data
+
+
+def _hub(name: str) -> Iterable[Any]:
     from datasets import load_dataset
 
-    name, _, split = source.partition(":")
-    try:
-        data = load_dataset(name, split=split or "train")
-    except Exception as error:
-        raise UserError(f"{source}: neither a file here nor a dataset that could be loaded: {error}") from error
-    return ((i, dict(row)) for i, row in enumerate(data, 1))
+    name, _, split = name.partition(":")
+    return load_dataset(name, split=split or "train")
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    number, encoding = 0, "utf-8-sig"
-    with path.open("rb") as file:
-        for line in file:
-            number += bool(line.strip())
-            try:
-                text = line.decode(encoding).strip()
-            except UnicodeDecodeError as error:
-                yield number, f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
-                continue
-            encoding = "utf-8"
-            if not text:
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield number, f"not JSON: {error}"
-                continue
-            yield number, row if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
+_READERS: dict[str, tuple[str, Callable[[str], Iterable[Any]]]] = {
+    ".jsonl": ("UTF-8 JSON lines", _json_lines),
+    ".json": ("UTF-8 JSON", _json_list),
+    ".parquet": ("Parquet", _parquet),
+    ".pq": ("Parquet", _parquet),
+}
 
 
-def _json_list(path: Path, source: str) -> list[dict[str, Any] | str]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not UTF-8 JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{source}: must hold a list of objects, not {type(rows).__name__}; or use .jsonl")
-    return [row if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object" for row in rows]
-
-
-def _row_problems(row: dict[str, Any], needs: dict[str, type]) -> Iterator[str]:
+def _row_problems(row: Any, needs: dict[str, type]) -> Iterator[str]:
+    if not isinstance(row, dict):
+        yield str(row) if isinstance(row, UserError) else f"a JSON {type(row).__name__}, not an object"
+        return
     for key, kind in needs.items():
-        if key in row and row[key] is None:
-            yield f"field {key!r} is null"
-        elif key not in row:
+        value = row.get(key)
+        if key not in row:
             yield f"no field {key!r}{did_you_mean(key, map(str, row))}"
+        elif value is None:
+            yield f"field {key!r} is null"
         elif kind is float:
-            if isinstance(row[key], bool) or not isinstance(row[key], int | float) or not abs(row[key]) <= _LARGEST:
-                yield f"field {key!r} must be a number, not {row[key]!r}"
-        elif not isinstance(row[key], str):
-            yield f"field {key!r} must be text, not {type(row[key]).__name__}"
-        elif not row[key].strip():
+            if not _is_number(value, -sys.float_info.max, sys.float_info.max):
+                yield f"field {key!r} must be a number, not {value!r}"
+        elif not isinstance(value, str):
+            yield f"field {key!r} must be text, not {type(value).__name__}"
+        elif not value.strip():
             yield f"field {key!r} is empty"
-        elif not row[key].isascii() and (bad := _surrogate(row[key])):
-            yield f"field {key!r} holds a lone surrogate ({bad}), which is not text"
+        elif found := re.search("[\ud800-\udfff]", value):
+            yield f"field {key!r} holds a lone surrogate (\\u{ord(found[0]):04x}), which is not text"
     share = row.get("preference")
-    if (
-        share is not None
-        and "chosen" in needs
-        and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1)
-    ):
+    if "chosen" in needs and share is not None and not _is_number(share, 0, 1):
         yield f"field 'preference' must lie in [0, 1], the share of raters who prefer 'chosen', not {share!r}"
 
 
-def _surrogate(text: str) -> str:
-    return next((f"\\u{ord(c):04x}" for c in text if 0xD800 <= ord(c) <= 0xDFFF), "")
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def rater_shares(rows: Rows) -> Tensor:
@@ -190,11 +175,14 @@ def file_hash(source: str) -> str:
 def tokenize_prompts(rows: Rows, tokenizer: Any, source: str, room: int) -> list[list[int]]:
     """Token ids of each row's prompt. Raises UserError for a prompt of more than `room` tokens (context less completion)."""
     ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-    problems = [
-        f"{source}, row {i}: the prompt has {len(x)} tokens; the model's context leaves room for {room}"
-        for i, x in enumerate(ids, 1)
-        if len(x) > room
-    ] + [f"{source}, row {i}: the prompt has no tokens" for i, x in enumerate(ids, 1) if not x]
+    problems = []
+    for i, x in enumerate(ids, 1):
+        if not x:
+            problems.append(f"{source}, row {i}: the prompt has no tokens")
+        elif len(x) > room:
+            problems.append(
+                f"{source}, row {i}: the prompt has {len(x)} tokens; the model's context leaves room for {room}"
+            )
     if problems:
         raise UserError(*problems[:5])
     return ids

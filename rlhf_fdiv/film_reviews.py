@@ -49,19 +49,15 @@ def build() -> Path:
     return assets.build_once(assets.cache_dir() / "film_reviews-v1", _write)
 
 
-def join(rated: Iterable[tuple[str, tuple[int, ...]]], corpus: Iterable[tuple[str, str]]) -> list[Review]:
+def join(rated: Sequence[tuple[str, tuple[int, ...]]], corpus: Sequence[tuple[str, str]]) -> list[Review]:
     """The reviews that both sources hold: one of each text, with the scores of all who rated it."""
-    known: dict[str, tuple[str, str]] = {}
-    for film, text in corpus:
-        known.setdefault(_key(text), (film, text))  # one film stands there twice, under two names
-    joined: dict[str, Review] = {}
-    for text, scores in rated:
-        if (key := _key(text)) in joined:
-            scores = joined[key].scores + scores
-        if key in known:
-            film, other = known[key]
-            joined[key] = Review(film, tidy(merge(text, other)), scores)
-    return list(joined.values())
+    known = {_key(text): (film, text) for film, text in reversed(corpus)}  # the first of two names of one film
+    texts = {_key(text): text for text, _ in rated}
+    scores: dict[str, tuple[int, ...]] = defaultdict(tuple)
+    for text, more in rated:
+        scores[_key(text)] += more
+    both = ((key, text, *known[key]) for key, text in texts.items() if key in known)
+    return [Review(film, tidy(merge(text, other)), scores[key]) for key, text, film, other in both]
 
 
 def merge(rated: str, other: str) -> str:
@@ -129,9 +125,9 @@ def preference(first: Sequence[int], second: Sequence[int]) -> float:
 def preferences(reviews: Sequence[Review], prompt: str, rounds: int) -> Iterator[Row]:
     """The rows of one film's pairs; the raters' majority chooses, and where it is split, the ratings do."""
     for turn, matching in enumerate(matchings(reviews, rounds)):
-        for pair in matching:
-            share = preference(pair[0].scores, pair[1].scores)
-            chosen, rejected = pair if (share, pair[0].rating) >= (0.5, pair[1].rating) else pair[::-1]
+        for a, b in matching:
+            share = preference(a.scores, b.scores)
+            chosen, rejected = (a, b) if (share, a.rating) >= (0.5, b.rating) else (b, a)
             yield {
                 "prompt": prompt,
                 "chosen": f" {chosen.text}",
@@ -148,14 +144,17 @@ def tables(reviews: Iterable[Review], titles: dict[str, str], held_out: int = HE
     of_film: dict[str, list[Review]] = defaultdict(list)
     for review in hash_order(reviews, "reviews"):
         of_film[review.film].append(review)
-    reward, gold, evaluation = split(of_film, held_out)
+    reward, gold, held = split(of_film, held_out)
     training = hash_order(reward + gold, "training")
     prompt = {film: f"Movie: {titles[film]}\nReview:" for film in of_film}
 
+    def texts(films: Sequence[str]) -> list[Review]:
+        return hash_order((r for film in films for r in of_film[film]), "sft")
+
     def sft(films: Sequence[str]) -> list[Row]:
-        texts = hash_order((r for film in films for r in of_film[film]), "sft")
         return [
-            {"prompt": prompt[r.film], "completion": f" {r.text}", "film": r.film, "rating": r.rating} for r in texts
+            {"prompt": prompt[r.film], "completion": f" {r.text}", "film": r.film, "rating": r.rating}
+            for r in texts(films)
         ]
 
     def pairs(films: Sequence[str], rounds: int) -> list[Row]:
@@ -163,15 +162,13 @@ def tables(reviews: Iterable[Review], titles: dict[str, str], held_out: int = HE
 
     return {
         "sft_train": sft(training),
-        "sft_eval": sft(evaluation),
-        "prompts_train": [{"prompt": prompt[film], "film": film} for film in training],
-        "prompts_eval": [
-            {"prompt": prompt[film], "film": film, "references": [r.text for r in of_film[film]]} for film in evaluation
-        ],
+        "sft_eval": sft(held),
+        "prompts_train": [{"prompt": prompt[f], "film": f} for f in training],
+        "prompts_eval": [{"prompt": prompt[f], "film": f, "references": [r.text for r in of_film[f]]} for f in held],
         "preferences_train": pairs(reward, ROUNDS),
         "preferences_all_train": pairs(training, 1),
-        "preferences_eval": pairs(evaluation, 1),
-        "gold_train": [{"text": r["completion"][1:], "rating": r["rating"], "film": r["film"]} for r in sft(gold)],
+        "preferences_eval": pairs(held, 1),
+        "gold_train": [{"text": r.text, "rating": r.rating, "film": r.film} for r in texts(gold)],
     }
 
 

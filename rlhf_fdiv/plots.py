@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.errors import UserError
@@ -12,16 +14,12 @@ from rlhf_fdiv.errors import UserError
 
 def plot_divergences(path: Path) -> None:
     """f(t) and −f'(t) (the pseudo-reward of `match`) over log₁₀ t, one line for each registered f."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     s = torch.linspace(-6, 6, 601, dtype=torch.float64)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure = Figure(figsize=(11, 4.2))
+    left, right = figure.subplots(1, 2)
     for i, name in enumerate(divergences.names()):
         f = divergences.get(name)
-        style = {"color": plt.get_cmap("tab20")(i / 12), "linewidth": 1.6, "label": name}
+        style = {"color": colormaps["tab20"](i / 12), "linewidth": 1.6, "label": name}
         left.plot(s / 2.302585, f.f(s), **style)
         right.plot(s / 2.302585, -f.f_prime(s), **style)
     left.set(ylim=(0, 4), xlabel="log₁₀ π/p", title="f(π/p): the price")
@@ -35,5 +33,3 @@ def plot_divergences(path: Path) -> None:
         figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the plot cannot be written: {error}") from error
-    finally:
-        plt.close(figure)

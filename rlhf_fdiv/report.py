@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config import RunConfig
@@ -20,16 +24,14 @@ PANELS = ("objective", "kl_reference", "divergence_target", "entropy", "margin",
 
 def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any], samples: pd.DataFrame) -> None:
     """Figures as PNG and PDF into `out`, and `report.md` into the run folder."""
-    figures = [
-        _training_curves(run / config.objective.stage / "metrics.jsonl", out),
-        _before_and_after(config, report, samples, out),
-    ]
+    curves = _training_curves(run / config.objective.stage / "metrics.jsonl", out)
+    figures = curves + _before_and_after(config, samples, out)
     parts = [
         f"# {config.name}",
         _what(config),
         "## Before and after, on held-out prompts\n\n" + _main_table(config, report),
         "## Divergences of the policy, in nats\n\n" + _divergence_table(report),
-        "## Training\n\n" + "\n\n".join(f"![{f.stem}]({f.relative_to(run)})" for f in figures if f),
+        "## Training\n\n" + "\n\n".join(f"![{f.stem}]({f.relative_to(run)})" for f in figures),
         "## Samples\n\n" + _samples(samples, config.evaluate.samples),
         "## Made with\n\n```json\n" + json.dumps(environment(), indent=2) + "\n```",
     ]
@@ -51,96 +53,85 @@ def _what(config: RunConfig) -> str:
     )
 
 
-def _number(value: Any, error: Any = None) -> str:
+def _table(*rows: Iterable[str]) -> str:
+    """Markdown; the first row is the head."""
+    head, *lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, re.sub(r"[^|]+", " --- ", head), *lines])
+
+
+def _number(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3g}" + (f" ± {error:.2g}" if error is not None else "")
+    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
 
 
 def _main_table(config: RunConfig, report: dict[str, Any]) -> str:
-    lines = ["| | before | after | gain (paired) |", "| --- | --- | --- | --- |"]
-    for key in (*config.scorers, *ROWS):
-        before, after = (report[m].get(key) for m in ("sft", "policy"))
-        if after is None:
-            continue
-        errors = [report[m].get(f"{key}_se") for m in ("sft", "policy")]
-        gain = _number(report["paired"].get(f"{key}_gain"), report["paired"].get(f"{key}_gain_se"))
-        lines.append(f"| {key} | {_number(before, errors[0])} | {_number(after, errors[1])} | {gain} |")
-    return "\n".join(lines)
+    def cell(values: dict[str, Any], key: str) -> str:
+        return _number(values.get(key), values.get(f"{key}_se"))
+
+    sft, policy, paired = report["sft"], report["policy"], report["paired"]
+    rows = [
+        (key, cell(sft, key), cell(policy, key), cell(paired, f"{key}_gain"))
+        for key in (*config.scorers, *ROWS)
+        if policy.get(key) is not None
+    ]
+    return _table(("", "before", "after", "gain (paired)"), *rows)
 
 
 def _divergence_table(report: dict[str, Any]) -> str:
-    lines = ["| f | to the reference | to the target |", "| --- | --- | --- |"]
-    for name, to_reference in report["divergence_to_reference"].items():
-        cells = [to_reference, report.get("divergence_to_target", {}).get(name)]
-        shown = [
-            "–"
-            if c is None
-            else c["reason"] or ("∞" if c["value"] is None else _number(c["value"], c["standard_error"]))
-            for c in cells
-        ]
-        lines.append(f"| {name} | {shown[0]} | {shown[1]} |")
-    note = ""
+    def cell(measured: dict[str, Any] | None) -> str:
+        if measured is None or measured["reason"]:
+            return measured["reason"] if measured else "–"
+        return "∞" if measured["value"] is None else _number(measured["value"], measured["standard_error"])
+
+    to_target = report.get("divergence_to_target", {})
+    rows = [(name, cell(x), cell(to_target.get(name))) for name, x in report["divergence_to_reference"].items()]
+    note = "± is one standard error, clustered by prompt. "
     if z := report.get("log_z"):
         ess = f"ESS {z['ess']:.1f} of {z['samples']} samples a prompt"
-        note = f"log Ẑ(x) of the target: mean {_number(z['mean'])}, {ess}."
-    return "\n".join(lines) + f"\n\n± is one standard error, clustered by prompt. {note}"
+        note += f"log Ẑ(x) of the target: mean {_number(z['mean'])}, {ess}."
+    return _table(("f", "to the reference", "to the target"), *rows) + f"\n\n{note}"
 
 
 def _samples(samples: pd.DataFrame, count: int) -> str:
-    each_prompt = samples.drop_duplicates("prompt").head(count)
-    lines = ["| prompt | before | after |", "| --- | --- | --- |"]
-    for row in each_prompt.to_dict("records"):
-        lines.append("| " + " | ".join(_cell(row[k]) for k in ("prompt", "sft", "policy")) + " |")
-    return "\n".join(lines)
+    def cell(text: str) -> str:
+        return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+    texts = samples.drop_duplicates("prompt")[["prompt", "sft", "policy"]].head(count)
+    return _table(("prompt", "before", "after"), *(map(cell, row) for row in texts.to_numpy().tolist()))
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+def _figure(panels: list[str], draw: Callable[[Axes, str], None], path: Path) -> list[Path]:
+    """Panels side by side, as PNG and PDF; the PNG's path, or none where there are no panels."""
+    if not panels:
+        return []
+    figure = Figure(figsize=(3.2 * len(panels), 2.6))
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axis, panel)
+        axis.spines[["top", "right"]].set_visible(False)
+    for kind in (".pdf", ".png"):
+        figure.savefig(path.with_suffix(kind), dpi=150, bbox_inches="tight")
+    return [path.with_suffix(".png")]
 
 
-def _figure() -> Any:
-    import matplotlib
+def _training_curves(metrics: Path, out: Path) -> list[Path]:
+    table = pd.read_json(metrics, lines=True) if metrics.is_file() else pd.DataFrame()
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, out: Path, name: str) -> Path:
-    for kind in ("png", "pdf"):
-        figure.savefig(out / f"{name}.{kind}", dpi=150, bbox_inches="tight")
-    _figure().close(figure)
-    return out / f"{name}.png"
-
-
-def _training_curves(path: Path, out: Path) -> Path | None:
-    if not path.is_file():
-        return None
-    table = pd.read_json(path, lines=True)
-    panels = [c for c in PANELS if c in table and table[c].notna().any()]
-    figure, axes = _figure().subplots(1, len(panels), figsize=(3.1 * len(panels), 2.6), squeeze=False)
-    for axis, column in zip(axes[0], panels, strict=True):
+    def draw(axis: Axes, column: str) -> None:
         axis.plot(table["step"], table[column], color="#1f5a94", linewidth=1.5)
         axis.set(title=column.replace("_", " "), xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, out, "training")
+
+    return _figure([c for c in PANELS if c in table and table[c].notna().any()], draw, out / "training")
 
 
-def _before_and_after(config: RunConfig, report: dict[str, Any], samples: pd.DataFrame, out: Path) -> Path | None:
-    shown = [s for s in config.scorers if samples[f"policy_{s}"].nunique() > 2]
-    if not shown:
-        return None
-    figure, axes = _figure().subplots(1, len(shown), figsize=(3.4 * len(shown), 2.6), squeeze=False)
-    for axis, scorer in zip(axes[0], shown, strict=True):
-        columns = [samples[f"{m}_{scorer}"] for m in ("sft", "policy")]
-        bins = pd.concat(columns).quantile([0, 1]).tolist()
-        for values, colour, text in zip(columns, ("#9a9a9a", "#1f5a94"), ("before", "after"), strict=True):
-            axis.hist(
-                values, bins=24, range=tuple(bins), color=colour, alpha=0.65, label=f"{text}, mean {values.mean():.2f}"
-            )
+def _before_and_after(config: RunConfig, samples: pd.DataFrame, out: Path) -> list[Path]:
+    def draw(axis: Axes, scorer: str) -> None:
+        scores = samples[[f"sft_{scorer}", f"policy_{scorer}"]]
+        limits = (scores.min(axis=None), scores.max(axis=None))
+        for column, colour, when in zip(scores, ("#9a9a9a", "#1f5a94"), ("before", "after"), strict=True):
+            label = f"{when}, mean {scores[column].mean():.2f}"
+            axis.hist(scores[column], bins=24, range=limits, color=colour, alpha=0.65, label=label)
         axis.set(title=scorer, xlabel="score of a held-out completion")
         axis.legend(frameon=False, fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, out, "before_and_after")
+
+    return _figure([s for s in config.scorers if samples[f"policy_{s}"].nunique() > 2], draw, out / "before_and_after")

@@ -29,8 +29,7 @@ class HiddenStates:
     def __init__(self, name_or_path: str, dtype: str, layers: list[float], device: torch.device) -> None:
         path = resolve_model(name_or_path)
         config = AutoConfig.from_pretrained(path)
-        depth = config.num_hidden_layers
-        self.layers = [max(1, round(fraction * depth)) for fraction in layers]
+        self.layers = [max(1, round(fraction * config.num_hidden_layers)) for fraction in layers]
         config.num_hidden_layers = max(self.layers)
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
@@ -42,19 +41,16 @@ class HiddenStates:
         """[N, layers × hidden] in float32; sorted by length inside, so that little is padded."""
         prompt_ids = self.tokenizer(prompts)["input_ids"]
         ids = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        whole = [a + b + [eos] for a, b in zip(prompt_ids, ids, strict=True)]
+        whole = [[*a, *b, self.tokenizer.eos_token_id] for a, b in zip(prompt_ids, ids, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
         features = torch.zeros(len(whole), len(self.layers) * self.model.config.hidden_size)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tokens, mask = (x.to(self.model.device) for x in pad([whole[i] for i in rows], 0, "right"))
-            states = self.model(
-                input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False
-            ).hidden_states
+            out = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
             first = torch.tensor([len(prompt_ids[i]) for i in rows], device=mask.device)
             own = (mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])).unsqueeze(-1)
-            pooled = [(states[layer].float() * own).sum(1) / own.sum(1) for layer in self.layers]
+            pooled = [(out.hidden_states[layer].float() * own).sum(1) / own.sum(1) for layer in self.layers]
             features[rows] = torch.cat(pooled, 1).cpu()
         return features
 
@@ -110,8 +106,7 @@ class ClassifierReward:
 
     @torch.no_grad()
     def score(self, prompts: list[str], completions: list[str], batch_size: int) -> list[float]:
-        eos = self.tokenizer.eos_token
-        texts = [p + c + eos for p, c in zip(prompts, completions, strict=True)]
+        texts = [p + c + self.tokenizer.eos_token for p, c in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(texts), batch_size):
             batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
@@ -124,14 +119,10 @@ def is_reward_folder(path: str) -> bool:
     return (Path(path) / "reward_config.json").is_file()
 
 
-def read_reward_config(path: str) -> dict[str, Any]:
-    return json.loads((Path(path) / "reward_config.json").read_text(encoding="utf-8"))
-
-
 def load_reward_model(path: str, device: torch.device) -> HeadReward | ClassifierReward:
     """From the folder of either kind, or a hub name of the second."""
     if not is_reward_folder(path):
         return ClassifierReward(path, device)
-    config, tensors = read_reward_config(path), load_file(Path(path) / "head.safetensors")
+    config = json.loads((Path(path) / "reward_config.json").read_text(encoding="utf-8"))
     states = HiddenStates(config["backbone"], config["dtype"], config["layers"], device)
-    return HeadReward(states, config, tensors["weight"], tensors["mean"], tensors["std"])
+    return HeadReward(states, config, **load_file(Path(path) / "head.safetensors"))

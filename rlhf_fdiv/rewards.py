@@ -5,26 +5,32 @@ Each scorer's fields are its YAML schema. It maps prompts and completions to fin
 
 from __future__ import annotations
 
+import functools
 import importlib
-import math
 import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.ranges import Count, NotNegative, Number, Positive
 
+Score = Callable[..., Any]  # (prompts, completions, **columns) → a number for each completion
 
-def _check_clip(clip: tuple[Number, Number] | None) -> None:
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"clip: must be a lower and a higher bound, not {clip}")
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"must be a lower and a higher bound, not {bounds}")
+    return bounds
+
+
+Bounds = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,11 @@ class RewardModel:
     """
 
     path: str | None = None
-    clip: tuple[Number, Number] | None = None
+    clip: Bounds | None = None
     batch_size: Count = 64
     name: ClassVar[str] = "reward_model"
 
-    def __post_init__(self) -> None:
-        _check_clip(self.clip)
-
-    def open(self, device: torch.device) -> Callable[..., list[float]]:
+    def open(self, device: torch.device) -> Score:
         from rlhf_fdiv.reward_models import load_reward_model
 
         if self.path is None:
@@ -51,13 +54,7 @@ class RewardModel:
             model = load_reward_model(self.path, device)
         except OSError as error:
             raise UserError(f"scorers: no reward model at {self.path}: {error}") from error
-        low, high = self.clip or (-math.inf, math.inf)
-
-        def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
-            raw = model.score(prompts, completions, self.batch_size)
-            return [min(max(x, low), high) for x in raw]
-
-        return score
+        return lambda prompts, completions, **columns: model.score(prompts, completions, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,11 @@ class NgramRidge:
     reward, for checking it ("gold"). Clipped to the range of the ratings' scale."""
 
     data: str
-    clip: tuple[Number, Number] = (-4.0, 4.0)
+    clip: Bounds = (-4.0, 4.0)
     alpha: NotNegative = 1.0
     name: ClassVar[str] = "ngram_ridge"
 
-    def __post_init__(self) -> None:
-        _check_clip(self.clip)
-
-    def open(self, device: torch.device) -> Callable[..., list[float]]:
+    def open(self, device: torch.device) -> Score:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import Ridge
         from sklearn.pipeline import make_pipeline
@@ -85,11 +79,7 @@ class NgramRidge:
             model.fit([r["text"] for r in rows], [r["rating"] for r in rows])
         except ValueError as error:
             raise UserError(f"{self.data}: no ridge regression can be fitted on these texts: {error}") from error
-
-        def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
-            return model.predict(completions).clip(*self.clip).tolist()
-
-        return score
+        return lambda prompts, completions, **columns: model.predict(completions)
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class Pattern:
         except re.error as error:
             raise ValueError(f"pattern: is not a regular expression: {error}") from error
 
-    def open(self, device: torch.device) -> Callable[..., list[float]]:
+    def open(self, device: torch.device) -> Score:
         found = re.compile(self.pattern, re.IGNORECASE)
         return lambda prompts, completions, **columns: [float(bool(found.search(c))) for c in completions]
 
@@ -117,7 +107,7 @@ class Length:
     scale: Positive = 1.0
     name: ClassVar[str] = "length"
 
-    def open(self, device: torch.device) -> Callable[..., list[float]]:
+    def open(self, device: torch.device) -> Score:
         return lambda prompts, completions, **columns: [len(c.split()) / self.scale for c in completions]
 
 
@@ -141,7 +131,7 @@ class Function:
         if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", self.path):
             raise ValueError(f"path: must look like package.module:function, not {self.path!r}")
 
-    def open(self, device: torch.device) -> Callable[..., list[float]]:
+    def open(self, device: torch.device) -> Score:
         module, _, attribute = self.path.partition(":")
         try:
             found = operator.attrgetter(attribute)(importlib.import_module(module))
@@ -159,53 +149,44 @@ class Scorers:
     """The scorers of a run, opened once: `scores(names, prompts, completions)` → name → [B]."""
 
     def __init__(self, specs: dict[str, Any], device: torch.device) -> None:
-        self.specs = specs
-        self.device = device
-        self._open: dict[str, Callable[..., list[float]]] = {}
-
-    @cached_property
-    def names(self) -> list[str]:
-        return list(self.specs)
+        self.specs, self.device = specs, device
+        self.names = list(specs)
+        self._open: dict[str, Score] = {}
 
     def __call__(
         self, names: list[str], /, prompts: list[str], completions: list[str], **columns: Any
     ) -> dict[str, Tensor]:
         """Each scorer's scores [B] in float32, on the device. Raises UserError for a wrong count, type or nan."""
-        scores: dict[str, Tensor] = {}
-        for name in names:
-            self._score(name, scores, prompts, completions, columns)
-        return {name: scores[name] for name in names}
 
-    def _score(
-        self, name: str, scores: dict[str, Tensor], prompts: list[str], completions: list[str], columns: Any
-    ) -> Tensor:
-        if name in scores:
-            return scores[name]
-        spec = self.specs[name]
-        if isinstance(spec, Threshold):
-            scores[name] = (self._score(spec.of, scores, prompts, completions, columns) > spec.above).float()
-            return scores[name]
-        if name not in self._open:
-            self._open[name] = spec.open(self.device)
-        try:
-            values = self._open[name](prompts=prompts, completions=completions, **columns)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}") from error
-        scores[name] = _checked(name, values, completions).to(self.device)
-        return scores[name]
+        @functools.cache  # a threshold shares the scores of what it is a threshold of
+        def scores(name: str) -> Tensor:
+            spec = self.specs[name]
+            if isinstance(spec, Threshold):
+                return (scores(spec.of) > spec.above).float()
+            if name not in self._open:
+                self._open[name] = spec.open(self.device)
+            try:
+                values = self._open[name](prompts=prompts, completions=completions, **columns)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}") from error
+            return _checked(name, values, completions, getattr(spec, "clip", None)).to(self.device)
+
+        return {name: scores(name) for name in names}
 
 
-def _checked(name: str, values: Any, completions: list[str]) -> Tensor:
+def _checked(name: str, values: Any, completions: list[str], clip: tuple[float, float] | None) -> Tensor:
+    """A scorer's answer as [B] in float32, within `clip`."""
     try:
         scores = torch.as_tensor(values, dtype=torch.float32)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"scorer {name!r} gave something that is not a list of numbers: {error}") from error
     if scores.shape != (len(completions),):
         raise UserError(f"scorer {name!r} gave shape {[*scores.shape]} for {len(completions)} completions")
-    if not scores.isfinite().all():
-        row = int((~scores.isfinite()).nonzero()[0])
+    if clip is not None:
+        scores = scores.clamp(*clip)
+    for row in (~scores.isfinite()).nonzero().flatten().tolist():
         raise UserError(f"scorer {name!r} gave {float(scores[row])} for completion {row}: {completions[row][:200]!r}")
     return scores
 
@@ -215,13 +196,11 @@ def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
     problems = [f"target: no scorer named {n!r}{did_you_mean(n, specs)}" for n in used if n not in specs]
     for name, spec in specs.items():
         seen = {name}
-        while isinstance(spec, Threshold):
-            if spec.of in seen:
-                problems.append(f"scorers.{name}.of: leads back to {spec.of!r}; thresholds cannot go in a circle")
-                break
-            if spec.of not in specs:
-                problems.append(f"scorers.{name}.of: {spec.of!r} is not another scorer{did_you_mean(spec.of, specs)}")
-                break
+        while isinstance(spec, Threshold) and spec.of in specs.keys() - seen:
             seen.add(spec.of)
             spec = specs[spec.of]
+        if isinstance(spec, Threshold) and spec.of in seen:
+            problems.append(f"scorers.{name}.of: leads back to {spec.of!r}; thresholds cannot go in a circle")
+        elif isinstance(spec, Threshold):
+            problems.append(f"scorers.{name}.of: {spec.of!r} is not another scorer{did_you_mean(spec.of, specs)}")
     return problems

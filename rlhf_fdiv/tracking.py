@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -16,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, to_dict
+from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError
 
@@ -32,13 +32,15 @@ _MADE_FROM = {  # the keys that what a stage makes depends on
 }
 
 
-def _made_from(stage: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that `stage` depends on, by dotted key."""
-    values: dict[str, Any] = {}
-    for key in _MADE_FROM.get(stage, ()):
-        section, _, field = key.partition(".")
-        values[key] = (config.get(section) or {}).get(field) if field else config.get(section)
-    return values
+def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Where two configs differ in what a stage is made from, in words."""
+    keys = [f"{key}." for key in _MADE_FROM.get(stage, ())]
+
+    def matters(line: str) -> bool:
+        at = f"{line.partition(':')[0]}."
+        return any(at.startswith(key) or key.startswith(at) for key in keys)
+
+    return "; ".join(filter(matters, differences(old, new)))
 
 
 class RunFolder:
@@ -51,42 +53,37 @@ class RunFolder:
     def prepare(self) -> None:
         """Checks an earlier run of this name and writes resolved_config.yaml.
 
-        Raises UserError where the config has changed and `resume` does not say from which stage to run again.
+        Raises UserError where the config has changed and `resume` does not say from which stage to run again, or would
+        keep a stage that was made with another config.
         """
         written = self.path / "resolved_config.yaml"
         if written.is_file():
-            old = read_resolved(self.path)
-            changed = differences(old, to_dict(self.config), ignore=_FREE_KEYS)
-            if changed and self.config.resume is None:
+            old, new = read_yaml(written), to_dict(self.config)
+            if self.config.resume is not None:
+                self._set_aside(self.config.resume, old, new)
+            elif changed := differences(old, new, ignore=_FREE_KEYS):
                 raise UserError(
                     f"{self.path}: holds a run with another config ({'; '.join(changed)}). Give it a new name=…, "
                     "or resume=STAGE to run again from that stage on; what is there is kept aside"
                 )
-            if self.config.resume is not None:
-                self._check_kept(old, self.config.resume)
-                self._set_aside_from(self.config.resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made: {error}") from error
         write_atomically(written, dump(dataclasses.replace(self.config, resume=None)))
 
-    def _check_kept(self, old: dict[str, Any], resume: str) -> None:
-        """Raises UserError where a stage before `resume` was made with another config."""
-        new = to_dict(self.config)
-        for stage in STAGES[: STAGES.index(resume)]:
-            changed = differences(_made_from(stage, old), _made_from(stage, new))
-            if changed and self.stage(stage).exists():
+    def _set_aside(self, resume: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Renames the stages from `resume` on; those before it must be as they would be made now."""
+        first = STAGES.index(resume)
+        for stage in STAGES[:first]:
+            if self.stage(stage).exists() and (changed := _made_otherwise(stage, old, new)):
                 raise UserError(
-                    f"{self.path}: its {stage} stage was made with another config ({'; '.join(changed)}), and "
+                    f"{self.path}: its {stage} stage was made with another config ({changed}), and "
                     f"resume={resume} would keep it: resume={stage} runs it again, or give the run a new name=…"
                 )
-
-    def _set_aside_from(self, stage: str) -> None:
-        for name in STAGES[STAGES.index(stage) :]:
-            if (self.path / name).exists():
-                n = next(i for i in range(1, 10**6) if not (self.path / f"{name}.before-{i}").exists())
-                (self.path / name).rename(self.path / f"{name}.before-{n}")
+        for folder in filter(Path.exists, map(self.stage, STAGES[first:])):
+            free = (folder.with_name(f"{folder.name}.before-{n}") for n in itertools.count(1))
+            folder.rename(next(path for path in free if not path.exists()))
 
     def stage(self, name: str) -> Path:
         return self.path / name
@@ -100,9 +97,8 @@ class RunFolder:
         other = Path(self.config.reuse)
         if not is_finished(other / stage):
             raise UserError(f"reuse: {other / stage} is not a finished stage")
-        theirs = read_resolved(other)
-        if changed := differences(_made_from(stage, theirs), _made_from(stage, to_dict(self.config))):
-            raise UserError(f"reuse: the {stage} stage of {other} was made with another config ({'; '.join(changed)})")
+        if changed := _made_otherwise(stage, read_yaml(other / "resolved_config.yaml"), to_dict(self.config)):
+            raise UserError(f"reuse: the {stage} stage of {other} was made with another config ({changed})")
         return other / stage
 
     @contextlib.contextmanager
@@ -112,33 +108,20 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         start = time.time()
         yield folder
-        if not writes:
-            return
-        write_atomically(folder / "finished.json", json.dumps({"seconds": round(time.time() - start, 2)}))
-        self._note(name, round(time.time() - start, 2))
+        if writes:
+            seconds = round(time.time() - start, 2)
+            write_atomically(folder / "finished.json", json.dumps({"seconds": seconds}))
+            self._note(name, seconds)
 
     def _note(self, stage: str, seconds: float) -> None:
-        path = self.path / "manifest.json"
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        config = to_dict(self.config)
+        path, config = self.path / "manifest.json", to_dict(self.config)
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"wall_seconds": {}}
         data = {k: v for k, v in config["data"].items() if v}
         data |= {f"scorers.{name}.data": spec["data"] for name, spec in config["scorers"].items() if "data" in spec}
-        manifest.update(environment(), name=self.config.name, seed=self.config.seed)
+        manifest |= environment() | {"name": config["name"], "seed": config["seed"]}
         manifest["data_sha256"] = {k: file_hash(v) for k, v in data.items()}
-        manifest.setdefault("wall_seconds", {})[stage] = seconds
+        manifest["wall_seconds"][stage] = seconds
         write_atomically(path, json.dumps(manifest, indent=2))
-
-
-def read_resolved(folder: Path) -> dict[str, Any]:
-    """The config that a run was made with."""
-    path = folder / "resolved_config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not the config of a run; give this run a new name=…")
-    return config
 
 
 def is_finished(folder: Path) -> bool:
@@ -148,14 +131,13 @@ def is_finished(folder: Path) -> bool:
 def environment() -> dict[str, Any]:
     """Versions, machine and git commit."""
     packages = ("rlhf_fdiv", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
-    try:
+    commit = ""
+    with contextlib.suppress(OSError):  # without git
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        commit = git.stdout.strip() or None
-    except OSError:
-        commit = None
+        commit = git.stdout.strip()
     return {
         "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
-        "git_commit": commit,
+        "git_commit": commit or None,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
@@ -171,27 +153,25 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Metrics:
-    """metrics.jsonl, and TensorBoard beside it, under the same names."""
+    """metrics.jsonl, and TensorBoard beside it, under the same names; rows after `resume_step` are written again."""
 
     def __init__(self, folder: Path, report_to: str, resume_step: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
-        self._drop_after(resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run leaves half a row
+            write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= resume_step))
+        self._file = path.open("a", encoding="utf-8")
         self._board = None
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
-    def _drop_after(self, step: int) -> None:
-        """Rows after the checkpoint that a run resumes from will be written again."""
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # a killed run leaves half a row
-            write_atomically(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
-
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **{k: _round(v) for k, v in values.items()}}) + "\n")
+        """One row, six digits a figure, null for what is not finite."""
+        rounded = {key: float(f"{value:.6g}") if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
         self._file.flush()
         if self._board is not None:
             for key, value in values.items():
@@ -203,24 +183,17 @@ class Metrics:
             self._board.close()
 
 
-def _round(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def _checkpoints(folder: Path) -> list[Path]:
+    """Every complete `checkpoint-N`, the newest last; one is written aside and renamed, so a half one has another name."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete `checkpoint-N`; a checkpoint is written aside and renamed, so a half one has another name."""
-    return max(_checkpoints(folder), key=_number, default=None)
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    found = sorted(_checkpoints(folder), key=_number)
-    for old in found[: max(len(found) - keep, 0)]:
+    """Deletes all but the `keep` newest, at least one."""
+    for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -12,36 +13,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config.files import Dumper, read_yaml, with_overrides
-from rlhf_fdiv.config.options import (
-    STAGES,
-    DataOptions,
-    DistilOptions,
-    EvaluateOptions,
-    PolicyOptions,
-    PreferOptions,
-    RewardOptions,
-    RunConfig,
-    SftOptions,
-)
+from rlhf_fdiv.config.options import STAGES, RunConfig
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.estimators import ESTIMATORS
-from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.objectives import OBJECTIVES
 from rlhf_fdiv.ranges import Integer
 from rlhf_fdiv.rewards import SCORERS, check_scorers
 from rlhf_fdiv.targets import TARGETS
 
-_SECTIONS: dict[str, Any] = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "sft": SftOptions,
-    "reward": RewardOptions,
-    "policy": PolicyOptions,
-    "prefer": PreferOptions,
-    "distil": DistilOptions,
-    "evaluate": EvaluateOptions,
-}
-_CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}
 _PLAIN: dict[str, Any] = {
     "name": str,
     "seed": Annotated[Integer, Field(ge=0, lt=2**32)],
@@ -51,6 +30,9 @@ _PLAIN: dict[str, Any] = {
     "resume": Literal[STAGES] | None,  # type: ignore[valid-type]
     "report_to": Literal["tensorboard", "none"],
 }
+_SECTIONS: dict[str, Any] = {k: v for k, v in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(v)}
+_CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}
+_DEFAULTS = {"objective": "match", "target": "tilted", "estimator": "rloo"}
 TOP_LEVEL = (*_PLAIN, *_SECTIONS, *_CHOICES, "divergence", "scorers")
 
 for _cls in (*_SECTIONS.values(), *(c for r in (*_CHOICES.values(), SCORERS) for c in r.values())):
@@ -60,8 +42,7 @@ for _cls in (*_SECTIONS.values(), *(c for r in (*_CHOICES.values(), SCORERS) for
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads, composes and checks a config. Raises UserError with every problem, each naming its key and the mend."""
     path = Path(path)
-    raw = with_overrides(read_yaml(path), overrides or [])
-    raw.setdefault("name", path.stem)
+    raw = {"name": path.stem, **with_overrides(read_yaml(path), overrides or [])}
     try:
         return parse(raw)
     except UserError as error:
@@ -71,100 +52,85 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 def parse(raw: dict[str, Any]) -> RunConfig:
     """From plain values to a RunConfig. Raises UserError with every problem."""
     problems = [f"{key}: unknown key{did_you_mean(str(key), TOP_LEVEL)}" for key in raw if key not in TOP_LEVEL]
-    values: dict[str, Any] = {}
-    for key, kind in _PLAIN.items():
-        if key in raw:
-            values[key] = _validate(kind, raw[key], key, problems)
+    values = {key: _validate(kind, raw[key], key, problems) for key, kind in _PLAIN.items() if key in raw}
+    if "name" not in raw:
+        problems.append("name: is required, the name of the run's folder")
+    elif values["name"] is not None and not re.fullmatch(r"(?!\.+$)[\w.+=-]+", values["name"]):
+        problems.append(f"name: {values['name']!r} must be letters, digits and . _ + = -, since it names a folder")
     for key, cls in _SECTIONS.items():
         values[key] = _validate(cls, {} if raw.get(key) is None else raw[key], key, problems)
-    for key, registry in _CHOICES.items():
-        default = {"objective": "match", "target": "tilted", "estimator": "rloo"}[key]
-        values[key] = _choice(registry, raw.get(key, default), key, problems, default)
-    scorers = raw.get("scorers", {"reward": {"name": "reward_model"}})
-    if not isinstance(scorers, dict):
+    for key, default in _DEFAULTS.items():
+        values[key] = _choice(_CHOICES[key], raw.get(key, default), key, problems, default)
+    scorers = raw.get("scorers", {"reward": "reward_model"})
+    if isinstance(scorers, dict):
+        values["scorers"] = {str(n): _choice(SCORERS, s, f"scorers.{n}", problems) for n, s in scorers.items()}
+    else:
         problems.append(f"scorers: must map names to scorers, not {scorers!r}")
-        scorers = {}
-        values["target"] = None  # which names them
-    values["scorers"] = {str(n): _choice(SCORERS, s, f"scorers.{n}", problems) for n, s in scorers.items()}
-    wrong_f: list[str] = []
-    values["divergence"] = _divergence(raw.get("divergence", "reverse_kl"), "divergence", wrong_f)
+        values["scorers"] = {"": None}
+    fs = {key: _divergence(spec, key, problems) for key, spec in _divergences(raw).items()}
+    values["divergence"] = fs["divergence"]
     trains = getattr(values["objective"], "stage", "policy")
     stages = values.get("stages", ("sft", "reward", trains, "evaluate")) or ()
     values["stages"] = [stage for stage in STAGES if stage in stages]
-    for stage in ("sft", "reward"):
-        if values[stage] is not None:
-            _divergence(values[stage].divergence, f"{stage}.divergence", wrong_f)
-        elif isinstance(raw.get(stage), dict) and "divergence" in raw[stage]:
-            _divergence(raw[stage]["divergence"], f"{stage}.divergence", wrong_f)
-    measured = raw["evaluate"].get("divergences") if isinstance(raw.get("evaluate"), dict) else None
-    for i, spec in enumerate(measured if isinstance(measured, list) else []):
-        _divergence(spec, f"evaluate.divergences.{i}", wrong_f)
-    if isinstance(values.get("name"), str) and not re.fullmatch(r"(?!\.+$)[\w.+=-]+", str(values["name"])):
-        problems.append(f"name: {values['name']!r} must be letters, digits and . _ + = -, since it names a folder")
-    if "name" not in raw:
-        problems.append("name: is required, the name of the run's folder")
-    parts = [*(values.get(key) for key in ("name", *_SECTIONS, *_CHOICES)), *values["scorers"].values()]
-    if any(part is None for part in parts) or wrong_f:  # what contradicts what can only be told of whole parts
-        raise UserError(*problems, *wrong_f)
-    if isinstance(values["objective"], OBJECTIVES["regularise"]) and "beta" not in _as_dict(raw.get("objective")):
-        beta = getattr(values["target"], "beta", values["objective"].beta)
-        values["objective"] = dataclasses.replace(values["objective"], beta=beta)
-    config = RunConfig(**values)
-    if problems := problems + _conflicts(config):
+    parts = [*(values.get(key) for key in ("name", *_SECTIONS, *_CHOICES)), *values["scorers"].values(), *fs.values()]
+    if all(part is not None for part in parts):  # what contradicts what can only be told of whole parts
+        if isinstance(values["objective"], OBJECTIVES["regularise"]) and "beta" not in _named(raw.get("objective")):
+            beta = getattr(values["target"], "beta", values["objective"].beta)
+            values["objective"] = dataclasses.replace(values["objective"], beta=beta)
+        config = RunConfig(**values)
+        problems += _conflicts(config)
+    if problems:
         raise UserError(*problems)
     return config
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
+def _named(value: Any) -> dict[str, Any]:
+    """A choice as a mapping: given alone, it is its name."""
     return value if isinstance(value, dict) else {"name": value}
 
 
 def _validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
+    """The value as `kind`, or None where that adds problems, at most one a key."""
     found: dict[str, str] = {}
-    made = None
     try:
-        made = TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         for e in error.errors():
-            where, cls, rest = key, kind, value
-            for part in e["loc"]:
-                fields = _fields(cls)
-                unknown = e["type"] in ("unexpected_keyword_argument", "extra_forbidden") and part == e["loc"][-1]
-                missing = e["type"] in ("missing", "missing_argument") and part == e["loc"][-1]
-                try:
-                    rest = rest[part]
-                except (TypeError, KeyError, IndexError):
-                    if not missing:
-                        break
-                where = f"{where}.{part}"
-                if unknown:
-                    found[where] = f"unknown key{did_you_mean(str(part), fields)}"
-                elif missing:
-                    found[where] = "is required"
-                cls = fields.get(part)
-            message = e["msg"].removeprefix("Value error, ")
-            if e["type"] == "value_error":
-                inner, colon, message = message.partition(": ")
-                found.setdefault(f"{where}.{inner}" if colon else where, message if colon else inner)
-            else:
-                found.setdefault(where, f"{message}, not {e['input']!r}")
-    except (ValueError, TypeError) as error:
-        found[key] = str(error)
+            loc = e["loc"] if e["type"] == "missing" else _inside(value, e["loc"])
+            message = f"{e['msg']}, not {e['input']!r}"
+            if e["type"] == "missing":
+                message = "is required"
+            elif e["type"] == "unexpected_keyword_argument":
+                message = f"unknown key{did_you_mean(str(loc[-1]), _keys(kind, loc[:-1]))}"
+            elif e["type"] == "value_error":  # of a __post_init__, which names its field, or of a range
+                *field, message = str(e["ctx"]["error"]).split(": ", 1)
+                loc = (*loc, *field)
+            found.setdefault(".".join(map(str, (key, *loc))), message)
     problems += [f"{where}: {message}" for where, message in found.items()]
-    return None if found else made
+    return None
 
 
-def _fields(kind: Any) -> dict[Any, Any]:
-    """The fields of a dataclass, or of the dataclass in `X | None`, with their types."""
-    for cls in (kind, *get_args(kind)):
-        if dataclasses.is_dataclass(cls):
-            return {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
-    return {}
+def _inside(value: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The part of pydantic's location that is in the config; where it names the branch of a union, it ends."""
+    for i, part in enumerate(loc):
+        try:
+            value = value[part]
+        except (TypeError, KeyError, IndexError):
+            return loc[:i]
+    return loc
+
+
+def _keys(section: Any, path: tuple[Any, ...]) -> list[str]:
+    """The keys of a section, or of the `X | None` that `path` leads to in it."""
+    for part in path:
+        section = get_args(get_type_hints(section)[part])[0]
+    return [x.name for x in dataclasses.fields(section)]
 
 
 def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str], default: str | None = None) -> Any:
-    options = dict(_as_dict(value))
-    name = options.pop("name", default)
+    """One of a registry, or None where that adds problems."""
+    options = {"name": default, **_named(value)}
+    name = options.pop("name")
     if not isinstance(name, str) or name not in registry:
         problems.append(f"{key}.name: {name!r} is not known{did_you_mean(str(name), registry)}")
         return None
@@ -175,59 +141,62 @@ def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str],
     return _validate(registry[name], options, key, problems)
 
 
-def _divergence(value: Any, key: str, problems: list[str]) -> dict[str, Any]:
-    spec = _as_dict(value)
-    name = spec.get("name")
-    if not isinstance(name, str):
-        problems.append(f"{key}: must be a name or a mapping with one, not {value!r}")
-        return spec
+def _divergences(raw: dict[str, Any]) -> dict[str, Any]:
+    """Every f that a config names, by key."""
+    sections = {key: raw[key] for key in ("sft", "reward", "evaluate") if isinstance(raw.get(key), dict)}
+    measured = sections.pop("evaluate", {}).get("divergences")
+    return {
+        "divergence": raw.get("divergence", "reverse_kl"),
+        **{f"{key}.divergence": section["divergence"] for key, section in sections.items() if "divergence" in section},
+        **{f"evaluate.divergences.{i}": f for i, f in enumerate(measured if isinstance(measured, list) else [])},
+    }
+
+
+def _divergence(value: Any, key: str, problems: list[str]) -> dict[str, Any] | None:
+    """An f as a mapping, or None where that adds problems."""
+    spec, found = _named(value), []
     try:
-        known = (*divergences.parameters(divergences.divergence_class(name)), "unit_curvature")
-        if unknown := [k for k in spec if k != "name" and k not in known]:
-            problems += [f"{key}.{k}: unknown key{did_you_mean(str(k), known)}" for k in unknown]
-        else:
+        if not isinstance(spec.get("name"), str):
+            raise ValueError(f"must be a name or a mapping with one, not {value!r}")
+        known = (*divergences.parameters(divergences.divergence_class(spec["name"])), "unit_curvature")
+        found = [f"{key}.{k}: unknown key{did_you_mean(str(k), known)}" for k in spec if k not in ("name", *known)]
+        if not found:
             divergences.get(spec)
     except ValueError as error:
-        problems.append(f"{key}: {error}")
-    return spec
+        found = [f"{key}: {error}"]
+    problems += found
+    return None if found else spec
 
 
-def _conflicts(config: RunConfig) -> list[str]:
+def _conflicts(config: RunConfig) -> Iterator[str]:
     """What each key allows but the whole does not, for the stages that will run."""
-    problems = check_scorers(config.scorers, config.target.scorers if "policy" in config.stages else ())
-    parts = getattr(config.target, "of", [config.target])
-    if sum(isinstance(part, TARGETS["moments"]) for part in parts) > 1:
-        problems.append("target.of: put all moments of a product into one `moments` target; they share one λ vector")
+    policy, estimator, objective, target = config.policy, config.estimator, config.objective, config.target
+    yield from check_scorers(config.scorers, target.scorers if "policy" in config.stages else ())
+    if sum(isinstance(part, TARGETS["moments"]) for part in getattr(target, "of", [target])) > 1:
+        yield "target.of: put all moments of a product into one `moments` target; they share one λ vector"
     if "sft" in config.stages and divergences.get(config.sft.divergence).f_prime_at_infinity == float("inf"):
-        problems.append(
+        yield (
             f"sft.divergence: {config.sft.divergence} is infinite on data (f'(∞) = ∞): use forward_kl, js, tv, hellinger, "
             "neyman_chi2, skew_js or alpha < 1"
         )
     for stage in config.stages:
-        for need in data_needs(config, stage):
-            if getattr(config.data, need) is None:
-                problems.append(f"data.{need}: is required by the {stage} stage")
-    for stage in {"policy", "prefer", "distil"} & set(config.stages):
-        if config.objective.stage != stage:
+        missing = [key for key in data_needs(config, stage) if getattr(config.data, key) is None]
+        yield from (f"data.{key}: is required by the {stage} stage" for key in missing)
+        if stage in {cls.stage for cls in OBJECTIVES.values()} - {objective.stage}:
             fitting = " or ".join(name for name, cls in OBJECTIVES.items() if cls.stage == stage)
-            problems.append(f"objective: {config.objective.name} is not trained by the {stage} stage, but {fitting} is")
-        elif message := config.objective.conflicts(config.f, config.target.has_zeros):
-            problems.append(f"divergence: {message}")
+            yield f"objective: {objective.name} is not trained by the {stage} stage, but {fitting} is"
+    if objective.stage in config.stages and (message := objective.conflicts(config.f, target.has_zeros)):
+        yield f"divergence: {message}"
     if "distil" in config.stages and config.distil.teacher is None:
-        problems.append("distil.teacher: is required by the distil stage, a model folder or hub name")
+        yield "distil.teacher: is required by the distil stage, a model folder or hub name"
     if "policy" in config.stages:
-        if config.policy.num_generations < config.estimator.min_generations:
-            problems.append(
-                f"policy.num_generations: {config.estimator.name} needs at least {config.estimator.min_generations} "
-                f"completions a prompt, not {config.policy.num_generations}"
-            )
-        if config.policy.num_prompts * config.policy.num_generations < 2:
-            problems.append(
-                "policy.num_generations: a step needs at least 2 completions in all; raise this or num_prompts"
-            )
-        if config.policy.per_device_train_batch_size % config.policy.num_generations:
-            problems.append("policy.per_device_train_batch_size: must be a multiple of policy.num_generations")
-    return problems
+        name, count, least = estimator.name, policy.num_generations, estimator.min_generations
+        if count < least:
+            yield f"policy.num_generations: {name} needs at least {least} completions a prompt, not {count}"
+        if policy.num_prompts * count < 2:
+            yield "policy.num_generations: a step needs at least 2 completions in all; raise this or num_prompts"
+        if policy.per_device_train_batch_size % count:
+            yield "policy.per_device_train_batch_size: must be a multiple of policy.num_generations"
 
 
 def data_needs(config: RunConfig, stage: str) -> list[str]:
@@ -235,13 +204,8 @@ def data_needs(config: RunConfig, stage: str) -> list[str]:
     if stage == "distil":
         share = getattr(config.objective, "on_policy", 1.0)
         return [key for key, used in (("prompts_train", share > 0), ("sft_train", share < 1)) if used]
-    return {
-        "sft": ["sft_train"],
-        "reward": ["preferences_train"],
-        "policy": ["prompts_train"],
-        "prefer": ["preferences_train"],
-        "evaluate": ["prompts_eval"],
-    }[stage]
+    needs = {"sft": "sft_train", "policy": "prompts_train", "evaluate": "prompts_eval"}
+    return [needs.get(stage, "preferences_train")]
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -267,9 +231,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...
     """`a.b: old → new` for each key that differs."""
     lines = []
     for key in dict.fromkeys([*old, *new]):
-        if key in ignore or old.get(key) == new.get(key):
-            continue
         a, b = old.get(key), new.get(key)
+        if key in ignore or a == b:
+            continue
         if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
             lines += [f"{key}.{line}" for line in differences(a, b)]
         else:
@@ -279,8 +243,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...
 
 def schema() -> dict[str, Any]:
     """JSON schema of every section and choice, for editors and for reading."""
-    sections = {k: TypeAdapter(v).json_schema() for k, v in {**_PLAIN, **_SECTIONS}.items()}
-    choices = {
-        k: {n: TypeAdapter(c).json_schema() for n, c in r.items()} for k, r in {**_CHOICES, "scorers": SCORERS}.items()
-    }
-    return {**sections, **choices, "divergence": divergences.names()}
+
+    def schemas(kinds: dict[str, Any]) -> dict[str, Any]:
+        return {key: TypeAdapter(kind).json_schema() for key, kind in kinds.items()}
+
+    choices = {key: schemas(registry) for key, registry in (_CHOICES | {"scorers": SCORERS}).items()}
+    return {**schemas(_PLAIN | _SECTIONS), **choices, "divergence": divergences.names()}
