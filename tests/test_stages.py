@@ -1102,11 +1102,11 @@ def test_training_climbs_towards_the_known_optimum_and_not_past_it(policy, objec
 def test_gdc_moves_the_moment_to_its_goal(policy):
     """Forward KL to the target whose moment is .8: what is sampled afterwards has it, nearly."""
     goal = "target={name: moments, moments: {praise: .8}, num_prompts: 12, num_generations: 64}"
-    out = policy(*LEARN[:-1], goal, "divergence=forward_kl", "policy.max_steps=100")
+    out = policy(*LEARN[:-1], goal, "divergence=forward_kl", "policy.max_steps=100", "evaluate.num_generations=100")
     report = json.loads((out.parent / "evaluate" / "metrics.json").read_text())
     before, after = (report[m]["praise"] for m in ("sft", "policy"))
     assert abs(before - 0.8) > 0.2
-    assert abs(after - 0.8) < 0.08
+    assert abs(after - 0.8) < 0.05 + 3 * report["policy"]["praise_se"]
 
 
 # -- 10. two processes -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rlhf_fdiv.targets import (
     Product,
     Tilted,
     effective_sample_size,
+    extrapolated,
     solve,
     solve_moments,
     unsolved,
@@ -351,3 +352,31 @@ def test_a_product_adds_potentials_and_a_zero_in_any_part_is_a_zero():
 
 def test_a_scorer_shared_by_two_parts_is_asked_once():
     assert Product([Tilted(reward="r"), Tilted(beta=1.0, reward="r"), Pointwise("b", 0.1)]).scorers == ("r", "b")
+
+
+# -- the bias of few samples a prompt ----------------------------------------------------------------------------------
+
+
+def test_lambda_of_a_rare_feature_is_biased_by_few_samples_and_extrapolation_takes_that_off():
+    """Base rate 1/15, goal 1/2: λ = ln 14. Over 60 draws of 32 prompts × 64 samples, plain and extrapolated."""
+    generator, truth = torch.Generator().manual_seed(5), math.log(14)
+    goal, found = T(0.5), []
+    for _ in range(60):
+        phi = (torch.rand(32, 64, 1, generator=generator, dtype=torch.float64) < 1 / 15).double()
+        plain = solve_moments(phi, goal, ["rare"])
+        better = extrapolated(plain, phi, goal, ["rare"])
+        assert float(better.lambdas + better.bias.nan_to_num()) == pytest.approx(float(plain.lambdas))
+        assert torch.allclose(better.log_z, torch.logsumexp(phi @ better.lambdas, 1) - math.log(64))
+        found.append([float(plain.lambdas), float(better.lambdas)])
+    mean, error = torch.tensor(found).mean(0), torch.tensor(found).std(0) / 60**0.5
+    assert mean[0] - truth > 4 * error[0], "else this test shows nothing"
+    assert abs(mean[1] - truth) < 0.3 * (mean[0] - truth) + 3 * error[1]
+
+
+def test_a_half_that_cannot_reach_the_goal_leaves_lambda_as_it_is_and_its_bias_unknown():
+    phi = torch.zeros(2, 4, 1, dtype=torch.float64)
+    phi[:, 0] = 1.0
+    plain = solve_moments(phi, T(0.5), ["rare"])
+    same = extrapolated(plain, phi, T(0.5), ["rare"])
+    assert same.lambdas == plain.lambdas
+    assert same.bias.isnan().all()

@@ -8,6 +8,7 @@ Divergence, objective, target and estimator come from the config; nothing below 
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -152,7 +153,10 @@ def solve_target(
     )
     scores: dict[str, list[Tensor]] = {name: [] for name in target.scorers}
     prompts = row_order(config.seed + 1, 1, count, num_rows)
-    width = max(config.policy.num_prompts, accelerator.num_processes)
+    share = (
+        config.policy.num_prompts * config.policy.num_generations // num_generations
+    )  # no larger than a step's batch
+    width = max(share // accelerator.num_processes, 1) * accelerator.num_processes
     for i in range(0, count, width):
         with reference.lm() as lm:
             _, texts = rollout(-1 - i, prompts[i : i + width], num_generations, lm)
@@ -160,14 +164,15 @@ def solve_target(
             scores[name].append(accelerator.gather(values).view(-1, num_generations))
     table = {name: torch.cat(parts).cpu() for name, parts in scores.items()}
     try:
-        target, solution = targets.solve(target, table)
+        target, solution = targets.solve(target, table, extrapolate=True)
     except ValueError as error:
         raise UserError(f"target: {error}") from error
     log_partition.warm_start(prompts, target.potential(table))
     if solution is not None and accelerator.is_main_process:
         names = list(moments.moments)  # type: ignore[union-attr]
         moments_of = {
-            k: dict(zip(names, getattr(solution, k).tolist(), strict=True)) for k in ("lambdas", "reference", "reached")
+            k: dict(zip(names, (None if math.isnan(x) else x for x in getattr(solution, k).tolist()), strict=True))
+            for k in ("lambdas", "reference", "reached", "bias")
         }
         figures = {"ess": solution.ess, "samples": count * num_generations, "residual": solution.residual}
         write_atomically(kept, json.dumps({**moments_of, **figures}, indent=2))

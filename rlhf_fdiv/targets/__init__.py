@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.targets.moments import Moments, MomentSolution, solve_moments
+from rlhf_fdiv.targets.moments import Moments, MomentSolution, extrapolated, solve_moments
 from rlhf_fdiv.targets.partition import LogPartition, effective_sample_size
 from rlhf_fdiv.targets.potentials import Pointwise, Product, Tilted
 
 
-def solve(target: Any, scores: dict[str, Tensor]) -> tuple[Any, MomentSolution | None]:
-    """The target with its λ, from scores [P, K] of reference samples; a target without an unsolved moment stays as it is."""
+def solve(target: Any, scores: dict[str, Tensor], extrapolate: bool = False) -> tuple[Any, MomentSolution | None]:
+    """The target with its λ, from scores [P, K] of reference samples; a target without an unsolved moment stays as it is.
+
+    `extrapolate` takes the bias of few samples a prompt off λ.
+    """
     parts = target.of if isinstance(target, Product) else [target]
     open_parts = [t for t in parts if isinstance(t, Moments) and not t.lambdas]
     if not open_parts:
@@ -28,7 +31,10 @@ def solve(target: Any, scores: dict[str, Tensor]) -> tuple[Any, MomentSolution |
     names = list(moments.moments)
     base = Product(others).potential(scores) if others else None
     goal = torch.tensor([moments.moments[n] for n in names], dtype=torch.float64)
-    solution = solve_moments(torch.stack([scores[n] for n in names], -1), goal, names, base)
+    phi = torch.stack([scores[n] for n in names], -1)
+    solution = solve_moments(phi, goal, names, base)
+    if extrapolate:
+        solution = extrapolated(solution, phi, goal, names, base)
     return with_lambdas(target, dict(zip(names, solution.lambdas.tolist(), strict=True))), solution
 
 
@@ -56,6 +62,7 @@ __all__ = [
     "Product",
     "Tilted",
     "effective_sample_size",
+    "extrapolated",
     "solve",
     "solve_moments",
     "unsolved",
