@@ -27,6 +27,7 @@ def update(training: Training, estimator: Any, batch: Rollout, rewards: Tensor, 
     weights = batch.weights(options.max_importance_weight)
     advantages, returns = estimator(rewards, mask, options.num_generations, old_values, weights)
     figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+    differences: list[Tensor] = []
 
     def loss_of(rows: Tensor) -> Tensor:
         sequences = batch.sequences[rows]
@@ -37,6 +38,8 @@ def update(training: Training, estimator: Any, batch: Rollout, rewards: Tensor, 
         old, advantage, old_value, goal = part
         out = training.policy(sequences)
         old = out.log_probs.detach() if old is None else old
+        if not figures["loss"]:  # before the first step rounding alone, or an engine's fault, lies between the two
+            differences.append((out.log_probs.detach() - batch.log_probs[rows, :length])[sequences.mask == 1].abs())
         loss = policy_loss(out.log_probs, old, advantage, sequences.mask, estimator.clip_range)
         if estimator.value_head:
             loss = loss + estimator.value_loss(out.values, old_value, goal, sequences.mask)
@@ -52,6 +55,7 @@ def update(training: Training, estimator: Any, batch: Rollout, rewards: Tensor, 
             loss, norm = training.step(rows, loss_of)
             figures["loss"].append(loss)
             figures["grad_norm"].append(norm)
+    figures["rollout_mismatch"] = [float(torch.cat(differences).mean())]  # nats a token
     if estimator.value_head:
         figures["explained_variance"] = [float(explained_variance(old_values, returns, mask))]  # type: ignore[arg-type]
     return {name: sum(values) / len(values) for name, values in figures.items()}
