@@ -55,6 +55,23 @@ def context_length(name_or_path: str) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 
+def teacher_context(name_or_path: str, student: str) -> int:
+    """`context_length` of a teacher. Raises UserError where its vocabulary is not the student's: its words would be others,
+    or where it has fewer rows of embeddings (a vocabulary may be padded), since a student might sample one it lacks."""
+    length = context_length(name_or_path)
+    if load_tokenizer(name_or_path).get_vocab() != load_tokenizer(student).get_vocab():
+        raise UserError(
+            f"distil.teacher: {name_or_path} has another vocabulary than the student; both must share one tokenizer"
+        )
+    configs = [AutoConfig.from_pretrained(base_of(resolve_model(name))) for name in (name_or_path, student)]
+    theirs, ours = (config.get_text_config().vocab_size for config in configs)
+    if theirs < ours:
+        raise UserError(
+            f"distil.teacher: {name_or_path} has {theirs} rows of embeddings and the student {ours}; resize the student's"
+        )
+    return length
+
+
 def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
     """A causal LM in eval mode (dropout off). An adapter folder is merged into its base, so that it can be a reference."""
     path = resolve_model(name_or_path)

@@ -87,9 +87,13 @@ class Prefer:
     def reward(self, f: Divergence, log_pi: Tensor, log_a: Tensor) -> Tensor:
         """The implicit reward β·f'(π/a) up to a constant of the prompt, [B] each, in float64.
 
-        Beyond 300 nats from the reference it stays what it is there: forward KL's 1 − a/π would leave float64.
+        It is exact while f' stays within ±1e15 (35 nats for forward KL, any distance for reverse KL and js) and goes on
+        along its tangent there, so that order and slope stay, and the gradient of the weights fits into float32.
         """
-        return self.beta * f.f_prime((log_pi.double() - log_a.double()).clamp(-300.0, 300.0))
+        s = log_pi.double() - log_a.double()
+        (low, high), slopes = _tame(f)
+        beyond = slopes[0] * (s - low).clamp(max=0) + slopes[1] * (s - high).clamp(min=0)
+        return self.beta * (f.f_prime(s.clamp(low, high)) + beyond)
 
     def loss(self, margin: Tensor, preference: Tensor) -> Tensor:
         """−c·log σ(margin) − (1 − c)·log σ(−margin), [B] each; margin is the chosen text's reward less the other's."""
@@ -103,6 +107,16 @@ class Prefer:
                 "−∞ (forward_kl, reverse_kl, js, jeffreys, alpha ≤ 1, chi_mix — the repaired Pearson)"
             )
         return None
+
+
+def _tame(f: Divergence) -> tuple[list[float], list[float]]:
+    """Where, in log t, f' stays within ±1e15 on either side of 0 (at most a million nats), and its slope at both ends."""
+    reach = torch.cat([torch.arange(1.0, 701.0), torch.tensor([1e6])]).double()
+    counts = [int((f.f_prime(sign * reach).abs() <= 1e15).long().cumprod(0).sum()) for sign in (-1, 1)]
+    with torch.enable_grad():
+        ends = torch.stack([-reach[max(counts[0], 1) - 1], reach[max(counts[1], 1) - 1]]).requires_grad_()
+        (slopes,) = torch.autograd.grad(f.f_prime(ends).sum(), ends)
+    return ends.tolist(), slopes.tolist()
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,9 @@ class Distil:
         ours, theirs = self._skewed(log_pi, log_q)
         s = ours - theirs
         by_first = log_pi.exp() * f.f_prime(s)
+        if not bool(by_first.isfinite().all()):  # f' alone overflows, far below q: t·f'(t) = f(t) − f*'(1/t)
+            far = (log_pi - ours + theirs).exp() * (f.f(s) - f.dual().f_prime(-s))
+            by_first = torch.where(by_first.isfinite(), by_first, far)
         if self.skew_of == "student" or not self.skew:
             return (1 - self.skew) * by_first
         return by_first + self.skew * log_pi.exp() * f.dual().f_prime(-s)  # ∂/∂q of q·f(π/q) is the dual's slope

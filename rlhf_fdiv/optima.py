@@ -45,8 +45,8 @@ def regularised_optimum(f: Divergence, log_a: Tensor, reward: Tensor, beta: floa
     gap = torch.where(gap <= 1e-11 * gap.amax(-1, keepdim=True), 0.0, gap)  # a tie but for the digits of f'(s₊)
 
     def log_ratio(top: Tensor) -> Tensor:
-        """log π/a of every text, given that of the best ones; no text may exceed them, whatever the rounding."""
-        return torch.where(gap == 0, top, torch.minimum(f.f_prime_inverse(f.f_prime(top) - gap / beta), top))
+        """log π/a of every text, given that of the best ones."""
+        return torch.where(gap == 0, top, f.f_prime_inverse(f.f_prime(top) - gap / beta))
 
     high = -torch.logsumexp(log_a.masked_fill(gap > 0, -math.inf), -1, keepdim=True).clamp(max=0)
     low = torch.zeros_like(high)

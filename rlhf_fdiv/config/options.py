@@ -174,6 +174,8 @@ class RunConfig:
 
     @property
     def beta(self) -> float:
-        """The β of the reported objective E[r] − β·KL."""
-        betas = [getattr(self.objective, "beta", None), getattr(self.target, "beta", None)]
+        """The β of the reported objective E[r] − β·KL: the target's, where the trained objective has no reward of its own."""
+        betas = [getattr(part, "beta", None) for part in (self.objective, self.target)]
+        if self.objective.stage != "policy" and betas[1] is not None:
+            betas.reverse()
         return next((float(b) for b in betas if b is not None), 1.0)

@@ -21,7 +21,7 @@ from rlhf_fdiv import config as configs
 from rlhf_fdiv.config import STAGES, RunConfig, data_needs
 from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
 from rlhf_fdiv.errors import UserError, did_you_mean
-from rlhf_fdiv.models import context_length, load_tokenizer
+from rlhf_fdiv.models import context_length, load_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
 from rlhf_fdiv.tracking import RunFolder, is_finished
 
@@ -83,10 +83,12 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
         except UserError as error:
             problems.extend(p for p in error.problems if p not in problems)
 
+    continued = {"prefer": ("preferences_train", "preferences_eval"), "distil": ("sft_train",)}
+    whole = [key for stage in stages for key in continued.get(stage, ())]  # whose prompts must leave room for a text
     for key, fields in {k: v for stage in stages for k, v in needs[stage].items()}.items():
         source = getattr(config.data, key)
         rows = collect(read_rows, source, fields) if source else None
-        if rows and fields is PROMPTS:
+        if rows and (fields is PROMPTS or key in whole):
             prompts[source] = rows
     if "policy" in stages or "evaluate" in stages:
         for spec in config.scorers.values():
@@ -100,6 +102,9 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
         collect(context_length, config.model.name_or_path)
     tokenizer = collect(load_tokenizer, policy_model)
     context = collect(context_length, policy_model)
+    if "distil" in stages and tokenizer is not None and context is not None:
+        room = collect(teacher_context, str(config.distil.teacher), policy_model)
+        context = room and min(context, room)
     if tokenizer is not None and context is not None:
         for source, rows in prompts.items():
             collect(tokenize_prompts, rows, tokenizer, source, context - config.training.max_completion_length)

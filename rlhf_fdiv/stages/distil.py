@@ -16,7 +16,6 @@ from torch import Tensor
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, read_rows, tokenize_completions, tokenize_prompts
 from rlhf_fdiv.divergences import Divergence
-from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, context_length, load_causal_lm, load_policy, load_tokenizer, save_policy
 from rlhf_fdiv.objectives import Distil
 from rlhf_fdiv.rollout import sample, uniforms
@@ -39,7 +38,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     prompts = _read(config.data.prompts_train, PROMPTS, tokenizer, room) if objective.on_policy > 0 else ([], [])
     texts = _read(config.data.sft_train, COMPLETIONS, tokenizer, room) if objective.on_policy < 1 else ([], [])
     policy, _ = load_policy(start, config.model)
-    teacher = load_teacher(config, tokenizer).to(accelerator.device)
+    teacher = Policy(load_causal_lm(str(options.teacher), config.model).requires_grad_(False)).to(accelerator.device)
     training = Training(policy, options, out, accelerator, config.report_to)
 
     step = training.restore()
@@ -89,8 +88,8 @@ def token_divergences(
     objective: Distil, f: Divergence, ours: Tensor, theirs: Tensor, mask: Tensor, chunk: int
 ) -> Tensor:
     """D_f(student‖teacher) of each token, [B, T], from logits [B, T, V]; `chunk` tokens at a time, 0 where masked."""
-    tokens = mask.bool()
-    values: Tensor = _ByToken.apply(ours[tokens], theirs[tokens], objective, f, chunk)  # type: ignore[no-untyped-call]
+    tokens, width = mask.bool(), ours.shape[-1]  # a teacher's vocabulary may be padded further than the student's
+    values: Tensor = _ByToken.apply(ours[tokens], theirs[tokens][:, :width], objective, f, chunk)  # type: ignore[no-untyped-call]
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(tokens, values)
 
 
@@ -113,16 +112,6 @@ class _ByToken(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient), None, None, None, None
-
-
-def load_teacher(config: RunConfig, tokenizer: Any) -> Policy:
-    """The frozen teacher. Raises UserError where its vocabulary is not the student's: its words would be others."""
-    name = str(config.distil.teacher)
-    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"distil.teacher: {name} has another vocabulary than the student; both must share one tokenizer"
-        )
-    return Policy(load_causal_lm(name, config.model).requires_grad_(False))
 
 
 def _read(source: str | None, fields: dict[str, type], tokenizer: Any, room: int) -> tuple[Rows, list[list[int]]]:

@@ -38,6 +38,11 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     source = str(config.data.preferences_train)
     rows = read_rows(source, PREFERENCES)
     pairs = tokenize_pairs(rows, tokenizer, source, options.max_completion_length, context)
+    held_out, held_out_pairs = [], []
+    if config.data.preferences_eval:
+        source = config.data.preferences_eval
+        held_out = read_rows(source, PREFERENCES)
+        held_out_pairs = tokenize_pairs(held_out, tokenizer, source, options.max_completion_length, context)
     labels = soft_labels(rater_shares(rows), objective.label_smoothing).to(accelerator.device)
     policy, reference = load_policy(start, config.model)
     training = Training(policy, options, out, accelerator, config.report_to)
@@ -60,7 +65,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             chosen = [numbers[i] for i in batch.tolist()]
             margin = margins(collate(pairs, chosen, accelerator.device))
             figures["margin"].append(margin.detach())
-            figures["accuracy"].append((margin.detach() > 0).double())
+            figures["accuracy"].append(((margin.detach() > 0) == (labels[chosen] >= 0.5)).double())
             return objective.loss(margin, labels[chosen])
 
         with training.keeping(step, {k: [rows[i][k] for i in numbers] for k in PREFERENCES}):
@@ -71,18 +76,16 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             training.save(step)
 
     training.close()
-    if config.data.preferences_eval and accelerator.is_main_process:
-        held_out = read_rows(config.data.preferences_eval, PREFERENCES)
-        pairs = tokenize_pairs(
-            held_out, tokenizer, config.data.preferences_eval, options.max_completion_length, context
-        )
-        with torch.no_grad():
-            batches = torch.arange(len(pairs)).split(options.per_device_train_batch_size)
-            margin = torch.cat([margins(collate(pairs, b.tolist(), accelerator.device)) for b in batches]).cpu()
+    if held_out:
+        with torch.no_grad():  # by every process: a wrapped model's forward is one of all of them together
+            batches = torch.arange(len(held_out)).split(options.per_device_train_batch_size)
+            parts = [margins(collate(held_out_pairs, b.tolist(), accelerator.device)) for b in batches]
+        margin = torch.cat(parts).cpu()
         loss = float(objective.loss(margin, soft_labels(rater_shares(held_out), objective.label_smoothing)).mean())
         report = agreement(margin, held_out) | {"loss": loss}
-        write_atomically(out / "accuracy.json", json.dumps(report, indent=2))
-        print("held-out pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in report.items()))
+        if accelerator.is_main_process:
+            write_atomically(out / "accuracy.json", json.dumps(report, indent=2))
+            print("held-out pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in report.items()))
     if accelerator.is_main_process:
         save_policy(policy, tokenizer, out)
     accelerator.wait_for_everyone()

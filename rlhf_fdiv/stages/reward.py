@@ -119,8 +119,9 @@ def accuracy(model: Any, rows: Rows, batch_size: int) -> dict[str, float]:
 
 
 def agreement(margin: Tensor, rows: Rows) -> dict[str, float]:
-    """The share of pairs with a positive margin, chosen over rejected, [N]: of all, and of those more than 1 apart."""
-    right = (margin > 0).float()
+    """The share of pairs whose margin, chosen over rejected, [N], is on the side of most raters: of all, and of those more
+    than 1 apart."""
+    right = ((margin > 0) == (rater_shares(rows).to(margin) >= 0.5)).float()
     report = {"accuracy": float(right.mean()), "pairs": float(len(rows))}
     apart = torch.tensor([abs(float(row.get("margin") or 0)) > 1 for row in rows])
     if apart.any():

@@ -74,7 +74,8 @@ class Training:
         self._metrics: Metrics | None = None
 
     def step(self, rows: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """One optimiser step along the mean of `loss_of(rows)` ([b] → [b]), in micro-batches; returns loss and grad_norm.
+        """One optimiser step along the mean of `loss_of(rows)` ([b] → [b]), in micro-batches; returns loss and grad_norm,
+        those of all processes together. A `max_grad_norm` of 0 clips nothing, as in TrainingArguments.
 
         Raises UserError, before any weight has changed, where either is not finite.
         """
@@ -87,11 +88,12 @@ class Training:
                 self.require_finite(loss, "loss")
                 self.accelerator.backward(loss)
             total += float(loss.detach())
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.options.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.options.max_grad_norm or math.inf)
         self.require_finite(norm, "gradient norm")  # type: ignore[arg-type]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, float(norm)  # type: ignore[arg-type]
+        mean = self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "mean")  # of all processes
+        return float(mean), float(norm)  # type: ignore[arg-type]
 
     def share(self, rows: list[int]) -> list[int]:
         """This process's part of a step's rows."""
@@ -105,7 +107,7 @@ class Training:
         try:
             yield
         except UserError as error:
-            raise UserError(*error.problems, self._keep_batch()) from error
+            raise UserError(*dict.fromkeys([*error.problems, self._keep_batch()])) from error
         except Exception as error:
             raise UserError(
                 f"step {step}: scoring raised {type(error).__name__}: {error}", self._keep_batch()
@@ -152,6 +154,7 @@ class Training:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()  # each process writes its own part
         if self.accelerator.is_main_process:
             state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}}
             (part / "policy_state.json").write_text(json.dumps(state), encoding="utf-8")
