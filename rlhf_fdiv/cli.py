@@ -115,7 +115,9 @@ def verify(
     from rich.console import Console
 
     from rlhf_fdiv import verify as proof
+    from rlhf_fdiv.stages.common import prepare_process
 
+    prepare_process()
     torch.set_num_threads(1)  # the tensors are tiny: several threads would only wait for each other
     console, rows = Console(width=120), list[proof.Row]()
     for part in proof.verify(divergence or ()):
