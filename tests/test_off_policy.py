@@ -508,6 +508,33 @@ def test_a_run_draws_its_share_from_the_reference_and_logs_the_policys_own_alone
 
 
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("engine", ["cached", "generate"])
+def test_what_is_not_the_policys_own_was_drawn_from_the_reference(policy, monkeypatch, model, engine):
+    """The softmax that a completion was sampled from is its model's: what the engine says of it, against both models."""
+    off_policy, gaps = Rollout.off_policy, []
+
+    def watched(self, log_pi, log_a, share):
+        own, mask = self.own[:, None], self.sequences.mask
+        gaps.append([float(((self.log_probs - torch.where(o, log_pi, log_a)) * mask).abs().max()) for o in (own, ~own)])
+        return off_policy(self, log_pi, log_a, share)
+
+    monkeypatch.setattr(Rollout, "off_policy", watched)
+    policy(SHARE, model, f"policy.engine={engine}")
+    for right, swapped in gaps[1:]:
+        assert right <= 1e-4
+        assert swapped > 0.1
+
+
+def test_a_warm_start_asks_the_reference_about_every_prompt(policy):
+    without, out = (policy(f"policy.warm_start_generations={n}", f"name=warm{n}") for n in (0, 5))
+    kept = json.loads((out / "checkpoint-4" / "policy_state.json").read_text())["log_partition"]["reference"]
+    assert sorted(prompt for prompt, _ in kept) == [*range(12)]
+    assert {n for _, (_, n) in kept} == {5}
+    assert len({log_z for _, (log_z, _) in kept}) > 1
+    assert jsonl(out / "metrics.jsonl")[0]["log_z"] != jsonl(without / "metrics.jsonl")[0]["log_z"]
+
+
+@pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 def test_log_probs_and_weights_are_the_trained_models_not_the_engines(policy, monkeypatch, model):
     """What the reference drew has to be scored by the policy, and what an engine claims does not enter."""
     honest = policy(SHARE, model, "name=honest", "policy.max_steps=2")
@@ -725,6 +752,19 @@ def test_a_warm_start_is_not_forgotten_so_that_log_z_stays_through_a_collapse_on
         assert worst >= -3
         if rate == 3.0:
             assert entropies.mean() < 0.4, "there is a collapse to withstand"
+
+
+def test_a_sample_of_the_reference_weighs_as_much_as_one_of_the_policy_within_the_horizon():
+    """3 of the reference beside 2, 4, 6, 6, … of the policy; another prompt has none."""
+    running, values = LogPartition(horizon=3), torch.tensor([5.0, 1.0, 3.0]).double()
+    running.warm_start([7], values.log()[None])
+    mean = 0.0
+    for visits, batch in enumerate([(2.0, 4.0), (8.0, 6.0), (1.0, 1.0), (9.0, 3.0), (4.0, 4.0)], 1):
+        rate = max(1 / visits, 1 / 3)
+        mean = (1 - rate) * mean + rate * sum(batch) / 2
+        found = running.update([7, 8], torch.tensor([batch, batch]).double().log()).exp()
+        seen = 2 * min(visits, 3)
+        assert found.tolist() == pytest.approx([(3 * 3.0 + seen * mean) / (3 + seen), mean])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
