@@ -1,4 +1,4 @@
-"""Each trap that has cost a peer's users weeks: the library is free of it, and it is noticed when it is put back in by monkeypatch.
+"""Each trap that cost peers' users weeks: the library is free of it, and notices it when it is put back in by monkeypatch.
 
 A trap that changes log-probs is found by the self-check before the first update, in words that name the cause; one that
 it cannot see, because samples or masks are wrong and log-probs are not, breaks a law that holds without it.
