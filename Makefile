@@ -16,7 +16,7 @@ quickstart: setup
 	$(BIN)/rlhf-fdiv run configs/quickstart.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
