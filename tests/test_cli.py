@@ -8,29 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_fdiv import cli, divergences
+from rlhf_fdiv import divergences
 from rlhf_fdiv.config import load, schema
 from rlhf_fdiv.stages.common import run_stage
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 STAGES = ("sft", "reward", "policy", "evaluate")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call("run", …) → exit code, stdout, stderr of the console script."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rlhf-fdiv", *words])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def errors(result: tuple[int, str, str]) -> list[str]:

@@ -14,7 +14,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from tiny import PATTERN, jsonl, model_folder, run, without_time, write_config
+from tiny import PATTERN, jsonl, run, without_time, write_config
 from toy import (
     EOS,
     LENGTH,
@@ -415,16 +415,6 @@ def test_every_completion_of_a_step_is_a_sample_of_the_mixture():
 
 FULL, LORA = "model.lora=null", "model.lora={r: 2, lora_alpha: 4}"
 SHARE = "policy.reference_share=.4"
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("model") / "start")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.data_files(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -3,26 +3,35 @@
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import BAD, FILMS, GOOD, jsonl, model_folder, run, without_time, write_config, write_rows
+from tiny import (
+    BAD,
+    FILMS,
+    GOOD,
+    away,
+    jsonl,
+    problems,
+    run,
+    same,
+    two_processes,
+    weights,
+    without_time,
+    write_config,
+    write_rows,
+)
 from toy import FS, N, P, exact_log_probs, label, language, sequences_of, tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fdiv import config as configs
 from rlhf_fdiv import divergences
 from rlhf_fdiv.divergences import exact
-from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy
 from rlhf_fdiv.objectives import Distil, Prefer, soft_labels
 from rlhf_fdiv.optima import regularised_optimum
@@ -271,16 +280,6 @@ def pairs(labels=None):
     return [row | ({} if labels is None else {"preference": labels[i]}) for i, row in enumerate(rows)]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("model") / "start")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.data_files(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def prefer(start, data, tmp_path):
     """prefer("a.b=value", …): runs the prefer stage alone, from the untouched model, and gives its folder."""
@@ -302,26 +301,6 @@ def prefer(start, data, tmp_path):
 
     prefer.path = path
     return prefer
-
-
-def problems(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    return caught.value.problems
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def away(a, b):
-    """The largest distance of any weight of two models."""
-    assert a.keys() == b.keys()
-    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
 def plain(folder, dtype=torch.float32):
@@ -1243,22 +1222,6 @@ def test_evaluate_after_distil_reports_the_divergence_to_the_teacher(distil, sta
 
 
 # -- 5. two processes --------------------------------------------------------------------------------------------------
-
-
-def two_processes(*args):
-    """`accelerate launch` on the CPU; what it said. Judge by what is left: interpreters sometimes abort at exit."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *args,
-    ]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
-        try:
-            return process.communicate(timeout=200)[0]
-        except subprocess.TimeoutExpired:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:  # in sessions of their own
-                child.kill()
-            return f"hung: {process.communicate()[0]}"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -16,7 +15,21 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import FILMS, PATTERN, jsonl, model_folder, run, without_time, write_config, write_rows
+from tiny import (
+    FILMS,
+    PATTERN,
+    away,
+    jsonl,
+    model_folder,
+    problems,
+    run,
+    same,
+    two_processes,
+    weights,
+    without_time,
+    write_config,
+    write_rows,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,22 +39,11 @@ from transformers import (
 )
 
 from rlhf_fdiv import divergences
-from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.stages import policy as policy_stage
 from rlhf_fdiv.stages import policy_update
 
 FULL, LORA = "model.lora=null", "model.lora={r: 2, lora_alpha: 4}"
 NAMES = divergences.names()
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("model") / "start")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.data_files(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -79,32 +81,12 @@ def policy(start, data, tmp_path):
     return policy
 
 
-def problems(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    return caught.value.problems
-
-
 def tree(folder):
     """Every file with its hash and time of change."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {
         str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in files
     }
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def away(a, b):
-    """The largest distance of any weight of two models."""
-    assert a.keys() == b.keys()
-    return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
 
 
 def module(tmp_path, monkeypatch, text, name):
@@ -728,7 +710,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(policy, unb
 
 def test_a_run_that_was_stopped_after_its_last_checkpoint_still_writes_its_model(policy, unbroken, monkeypatch):
     goal = unbroken(policy, "rloo-lora")
-    monkeypatch.setattr(policy_stage, "save_policy", lambda *args: (_ for _ in ()).throw(Stopped))
+    monkeypatch.setattr("rlhf_fdiv.stages.training.save_policy", lambda *args: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         policy(*RESUMES["rloo-lora"], "name=broken")
     monkeypatch.undo()
@@ -1112,30 +1094,12 @@ def test_gdc_moves_the_moment_to_its_goal(policy):
 # -- 10. two processes -------------------------------------------------------------------------------------------------
 
 
-def two_processes(*args):
-    """`accelerate launch` on the CPU; what it said. Judge by what is left: interpreters sometimes abort at exit."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "rlhf_fdiv.stages.policy",
-        *args,
-    ]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
-    ) as process:
-        try:
-            return process.communicate(timeout=150)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return f"hung: {process.communicate()[0]}"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 def test_two_processes_take_the_same_steps_as_one(policy, model):
     args = (model, "policy.max_steps=3", "policy.save_steps=3", "policy.warm_start_generations=4", "divergence=js")
     one = policy(*args, "name=one")
-    said = two_processes(policy.path, *args, "name=two")
+    said = two_processes("-m", "rlhf_fdiv.stages.policy", policy.path, *args, "name=two")
     two = one.parent.parent / "two" / "policy"
     assert (two / "finished.json").is_file(), said
     assert len(list((two / "checkpoint-3").glob("random_states_*.pkl"))) == 2, "there were two processes"
@@ -1170,7 +1134,7 @@ def test_a_second_process_runs_the_stage_that_resume_names_even_where_it_still_l
 def test_two_processes_agree_that_resume_runs_a_finished_stage_again(policy):
     """The second must not see the finished stage before the first has put it aside."""
     out = policy("policy.max_steps=1")
-    said = two_processes(policy.path, "policy.max_steps=2", "resume=policy")
+    said = two_processes("-m", "rlhf_fdiv.stages.policy", policy.path, "policy.max_steps=2", "resume=policy")
     assert "hung" not in said
     assert (out.parent / "policy.before-1" / "finished.json").is_file(), said
     assert (out / "finished.json").is_file(), said

@@ -40,7 +40,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from tiny import FILMS, PATTERN, WORDS, jsonl, run, without_time, write_config
+from tiny import FILMS, PATTERN, WORDS, jsonl, run, same, without_time, write_config
 from toy import (
     EOS,
     LENGTH,
@@ -120,11 +120,6 @@ def made(tmp_path_factory):
     return functools.cache(lambda *args, **kwargs: make_model(tmp_path_factory.mktemp("model") / "m", *args, **kwargs))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.data_files(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def policy(made, data, tmp_path):
     """policy(model folder, "a.b=value", …): runs the real policy stage for two steps and gives its folder."""
@@ -154,10 +149,6 @@ def problem(function, *args):
 
 def weights(out):
     return load_file(out / "model" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @contextlib.contextmanager
@@ -617,12 +608,13 @@ def test_a_shaped_sampler_breaks_the_law_of_its_log_probs(monkeypatch, forced, l
         assert abs(z) > 4.5
 
 
-@pytest.mark.parametrize("forced", [None, {"top_k": 50}], ids=["as it is", "top_k of transformers 5"])
-@every_engine
+@pytest.mark.parametrize(
+    ("engine", "forced"),
+    [("cached", None), ("generate", None), ("generate", {"top_k": 50})],
+    ids=["cached", "generate", "top_k of transformers 5"],
+)
 def test_tokens_beyond_the_fifty_likeliest_are_sampled(monkeypatch, engine, forced):
     """transformers 5 cuts at 50 unless told not to, and no config says so: a vocabulary of 24 words would not show it."""
-    if forced and engine == "cached":
-        pytest.skip("it is generate's own")
     lm, k = tiny_lm("gpt2", vocab=200), 4000
     generate = type(lm).generate
     if forced:

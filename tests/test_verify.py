@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import FS
 
-from rlhf_fdiv import cli, divergences, objectives, rollout, targets, verify
+from rlhf_fdiv import divergences, objectives, rollout, targets, verify
 from rlhf_fdiv.divergences import label
 from rlhf_fdiv.estimators import RLOO, policy_loss
 from rlhf_fdiv.objectives import Match, Regularise
@@ -19,22 +19,6 @@ from rlhf_fdiv.stages import policy_update
 STATUSES = {"pass", "fail", "biased", "undefined"}
 UNBIASED = ("reinforce", "rloo", "grpo(scale_rewards=False)", "ppo")
 EXACT = ("reinforce", "ppo")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call("--json", …) → exit code, stdout, stderr of `rlhf-fdiv verify`."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["rlhf-fdiv", "verify", *words])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture
@@ -358,7 +342,7 @@ def strangers(tmp_path, monkeypatch):
     ],
 )
 def test_a_wrong_f_is_refused_and_its_failed_proof_named(strangers, call, name, proof):
-    code, out, _ = call("--json", "--divergence", f"strangers:{name}")
+    code, out, _ = call("verify", "--json", "--divergence", f"strangers:{name}")
     rows = [row for row in json.loads(out) if row["divergence"] != "-"]
     assert code == 1
     assert {row["status"] for row in rows} == {"fail"}
@@ -367,7 +351,7 @@ def test_a_wrong_f_is_refused_and_its_failed_proof_named(strangers, call, name, 
 
 
 def test_a_strangers_sound_f_passes(strangers, fewer, call):
-    code, out, _ = call("--divergence", "strangers:LeCam", "--divergence", "{name: alpha, alpha: 0.3}")
+    code, out, _ = call("verify", "--divergence", "strangers:LeCam", "--divergence", "{name: alpha, alpha: 0.3}")
     assert code == 0
     assert "le_cam" in out
     assert "alpha(alpha=0.3)" in out
@@ -378,7 +362,7 @@ def test_a_strangers_sound_f_passes(strangers, fewer, call):
 
 
 def test_a_failure_is_repeated_at_the_end_with_its_reason_as_it_stands(strangers, call):
-    code, out, _ = call("--divergence", "strangers:Broken")
+    code, out, _ = call("verify", "--divergence", "strangers:Broken")
     assert code == 1
     assert out.count("half [written]") > 1
     assert "fail" in out.splitlines()[-1]
@@ -388,7 +372,7 @@ def test_a_failure_is_repeated_at_the_end_with_its_reason_as_it_stands(strangers
 
 
 def test_json_is_a_list_of_rows_and_nothing_else(fewer, call):
-    code, out, _ = call("--json", "--divergence", "tv")
+    code, out, _ = call("verify", "--json", "--divergence", "tv")
     rows = json.loads(out)
     assert code == 0
     assert {row["status"] for row in rows} <= STATUSES
@@ -412,7 +396,7 @@ def test_json_is_a_list_of_rows_and_nothing_else(fewer, call):
     ],
 )
 def test_an_f_that_cannot_be_had_is_a_users_error_of_one_line(strangers, call, spec, told):
-    code, out, err = call("--divergence", spec)
+    code, out, err = call("verify", "--divergence", spec)
     assert (code, out) == (2, "")
     assert err.startswith("error: --divergence ")
     assert told in err

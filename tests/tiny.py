@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_fdiv import config as configs
+from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.stages.common import execute
 from rlhf_fdiv.tracking import RunFolder
 
@@ -127,3 +134,39 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def problems(function: Any, *args: Any) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    return caught.value.problems
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def away(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest distance of any weight of two models."""
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+def two_processes(*args: str) -> str:
+    """`accelerate launch` on the CPU; what it said. Judge by what is left: interpreters sometimes abort at exit."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *args,
+    ]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        try:
+            return process.communicate(timeout=200)[0]
+        except subprocess.TimeoutExpired:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:  # in sessions of their own
+                child.kill()
+            return f"hung: {process.communicate()[0]}"
