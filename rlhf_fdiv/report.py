@@ -28,7 +28,7 @@ def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any]
     figures = curves + _before_and_after(config, samples, out)
     parts = [
         f"# {config.name}",
-        _what(config),
+        _what(config, "objective" in report["policy"]),
         "## Before and after, on held-out prompts\n\n" + _main_table(config, report),
         "## Divergences of the policy, in nats\n\n" + _divergence_table(report),
         "## Training\n\n" + "\n\n".join(f"![{f.stem}]({f.relative_to(run)})" for f in figures),
@@ -38,18 +38,18 @@ def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any]
     write_atomically(run / "report.md", "\n\n".join(parts) + "\n")
 
 
-def _what(config: RunConfig) -> str:
+def _what(config: RunConfig, has_objective: bool) -> str:
     f, target = config.f, config.target
     how = {
         "policy": f"target `{target.name}`, estimator `{config.estimator.name}`",
         "prefer": "from pairs, offline",
         "distil": f"teacher `{config.distil.teacher}`",
     }[config.objective.stage]
+    objective = f" With β = {config.beta:g}, the objective below is E[r] − β·KL(π‖reference)." if has_objective else ""
     return (
         f"Objective `{config.objective.name}`, divergence `{divergences.label(f)}` ({f.direction or 'a user’s own f'}), "
         f"{how}, seed {config.seed}; "
-        f"curvature normalisation {'on' if config.divergence.get('unit_curvature') else 'off'}. "
-        f"With β = {config.beta:g}, the objective below is E[r] − β·KL(π‖reference)."
+        f"curvature normalisation {'on' if config.divergence.get('unit_curvature') else 'off'}." + objective
     )
 
 

@@ -188,7 +188,7 @@ def _hf_generate(
 ) -> tuple[Sequences, Tensor, Tensor]:
     """The same distribution from `generate`; its sampler is seeded from the noise, so it repeats too."""
     with _neutral(lm), torch.random.fork_rng(devices=[prompt_ids.device] if prompt_ids.is_cuda else []):
-        torch.manual_seed(int(noise[0, 0] * 2**62))
+        torch.manual_seed(int(noise[0, 0] * 2**53))  # all its bits: on a CPU the low 32 of them are the seed
         out = lm.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,

@@ -1,7 +1,7 @@
 """What is measured on a trained policy: divergences with intervals, diversity and likeness of texts, perplexity."""
 
 from rlhf_fdiv.metrics.divergence import Measured, log_partition_of, measure_all, paired_difference
-from rlhf_fdiv.metrics.likelihood import perplexity, score_both
+from rlhf_fdiv.metrics.likelihood import perplexity, score, score_both
 from rlhf_fdiv.metrics.text import distinct_n, likeness, self_bleu
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "measure_all",
     "paired_difference",
     "perplexity",
+    "score",
     "score_both",
     "self_bleu",
 ]

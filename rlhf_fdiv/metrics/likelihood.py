@@ -39,6 +39,14 @@ def score_both(
 
 
 @torch.no_grad()
+def score(lm: nn.Module, sequences: Sequences, batch_size: int) -> Tensor:
+    """log-prob of each completion under one model, [B] in float64, nats."""
+    parts = (sequences[rows] for rows in torch.arange(len(sequences)).split(batch_size))
+    by_token = [token_log_probs(_logits(lm, part), part.completion_ids, part.mask) for part in parts]
+    return torch.cat([x.sum(-1).double().cpu() for x in by_token])
+
+
+@torch.no_grad()
 def perplexity(lm: Any, tokenizer: Any, rows: Rows, batch_size: int) -> dict[str, float]:
     """Of the completions given their prompts: perplexity by token (EOS included) and bits by character."""
     device = next(lm.parameters()).device

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, read_rows, tokenize_completions, tokenize_prompts
 from rlhf_fdiv.divergences import Divergence
-from rlhf_fdiv.models import Policy, context_length, load_causal_lm, load_policy, load_tokenizer, save_policy
+from rlhf_fdiv.models import Policy, context_length, load_causal_lm, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import Distil
 from rlhf_fdiv.rollout import sample, uniforms
 from rlhf_fdiv.sequences import Sequences, pad, wide
@@ -77,11 +77,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         if training.end_step(step):
             training.save(step)
 
-    training.close()
-    if accelerator.is_main_process:
-        save_policy(policy, tokenizer, out)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    training.finish(tokenizer)
 
 
 def token_divergences(

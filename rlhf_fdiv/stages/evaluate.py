@@ -69,9 +69,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         scores[name] = scorers(scorers.names, **columns | {"prompts": prompts, "completions": texts[name]})
         parts = [metrics.score_both(models["policy"], models["sft"], d.sequences, options.batch_size) for d in drawn]
         log_pi, log_a, kl = (torch.cat(x) for x in zip(*parts, strict=True))
-        if (
-            name == "policy"
-        ):  # of the softmax that was sampled: in bfloat16 a fresh forward would lower k1 by its rounding
+        if name == "policy":  # of the softmax that was sampled: in bfloat16 a fresh forward would put k1 too low
             log_pi = torch.cat([d.log_probs.double().sum(-1).cpu() for d in drawn])
         logs[name] = log_pi, log_a, kl
         report[name] = describe(texts[name], scores[name], drawn, repeated, config, groups)
@@ -86,7 +84,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     report["beta"], report["paired"] = config.beta, {}
     if config.objective.stage == "distil":
         teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device)
-        log_q = torch.cat([metrics.score_both(teacher, teacher, d.sequences, options.batch_size)[0] for d in drawn])
+        log_q = torch.cat([metrics.score(teacher, d.sequences, options.batch_size) for d in drawn])
         report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_q, groups)
     elif target is not None:
         potential = {name: target.potential(scores[name]).double().cpu() for name in models}

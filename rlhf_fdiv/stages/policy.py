@@ -23,7 +23,7 @@ from rlhf_fdiv import targets
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PROMPTS, extra_columns, read_rows, tokenize_prompts
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.models import Policy, Reference, context_length, load_policy, load_tokenizer, save_policy
+from rlhf_fdiv.models import Policy, Reference, context_length, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import token_rewards
 from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
@@ -121,11 +121,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             log.flush_completions(step)
             training.save(step)
 
-    training.close()
-    if accelerator.is_main_process:
-        save_policy(policy, tokenizer, out)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    training.finish(tokenizer)
 
 
 def solve_target(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PREFERENCES, Rows, rater_shares, read_rows, tokenize_completions, tokenize_prompts
-from rlhf_fdiv.models import context_length, load_policy, load_tokenizer, save_policy
+from rlhf_fdiv.models import context_length, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import soft_labels
 from rlhf_fdiv.sequences import Sequences, pad, sequence_sum
 from rlhf_fdiv.stages.common import run_stage, starting_model
@@ -75,7 +75,6 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         if training.end_step(step):
             training.save(step)
 
-    training.close()
     if held_out:
         with torch.no_grad():  # by every process: a wrapped model's forward is one of all of them together
             batches = torch.arange(len(held_out)).split(options.per_device_train_batch_size)
@@ -86,10 +85,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         if accelerator.is_main_process:
             write_atomically(out / "accuracy.json", json.dumps(report, indent=2))
             print("held-out pairs: " + ", ".join(f"{k} {v:.3f}" for k, v in report.items()))
-    if accelerator.is_main_process:
-        save_policy(policy, tokenizer, out)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    training.finish(tokenizer)
 
 
 Pair = tuple[list[int], list[int], list[int]]

@@ -19,7 +19,7 @@ from transformers import get_scheduler
 
 from rlhf_fdiv.config.options import TrainingOptions
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.models import Policy
+from rlhf_fdiv.models import Policy, save_policy
 from rlhf_fdiv.tracking import Metrics, newest_checkpoint, prune_checkpoints
 
 
@@ -138,9 +138,14 @@ class Training:
         line = f"[bold]{step:>5}/{self.options.max_steps}[/]  {figures}  {seconds:.1f} s, {left:.0f} min left"
         Console(highlight=False).print(line, soft_wrap=True)
 
-    def close(self) -> None:
+    def finish(self, tokenizer: Any) -> None:
+        """Writes the trained model and ends the launch."""
         if self._metrics is not None:
             self._metrics.close()
+        if self.accelerator.is_main_process:
+            save_policy(self.accelerator.unwrap_model(self.policy), tokenizer, self.out)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def end_step(self, step: int) -> bool:
         """Advances the schedule; True where a checkpoint is due."""
