@@ -31,6 +31,11 @@ class Rollout:
     log_mixture: Tensor | None = None  # [B], log μ(y|x) where some are not its own
 
     @property
+    def drawn(self) -> Tensor:
+        """Which completions the policy itself drew, [B]."""
+        return torch.ones_like(self.sequences.mask[:, 0], dtype=torch.bool) if self.own is None else self.own
+
+    @property
     def log_mu(self) -> Tensor:
         """The log-prob of a completion under what sampled it, [B]: the policy itself, or a mixture."""
         return sequence_sum(self.log_probs, self.sequences.mask) if self.log_mixture is None else self.log_mixture

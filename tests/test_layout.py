@@ -42,7 +42,7 @@ LEVEL = {unit: i for i, level in enumerate(ORDER) for unit in ([level] if isinst
 # The same within the packages that have several modules of weight.
 INSIDE = {
     "divergences": ("base", "measure", "proofs", "family", "registry"),
-    "targets": ("partition", "potentials", "moments"),
+    "targets": ("partition", "potentials", "moments", "dual"),
     "estimators": ("loss", "groups", "ppo"),
     "config": ("files", "options", "checks"),
     "metrics": ("text", "likelihood", "divergence"),

@@ -32,7 +32,7 @@ from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
 from rlhf_fdiv.stages.policy_update import forward, update
 from rlhf_fdiv.stages.training import Training, launch, row_order
-from rlhf_fdiv.targets import LogPartition
+from rlhf_fdiv.targets import DualAscent, LogPartition
 from rlhf_fdiv.tracking import RunFolder, newest_checkpoint, write_atomically
 
 
@@ -80,6 +80,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         return batch, extra_columns(repeated) | texts
 
     target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
+    dual = training.state["dual"] = DualAscent(target)
     step = training.restore()
     log = Log(config, training, tokenizer.eos_token_id)
     if step == 0:
@@ -99,7 +100,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         # score
         with training.keeping(step, texts):
             scores = scorers(list(target.scorers), **texts)
-            potential = target.potential(scores).to(accelerator.device)
+            potential = dual.target.potential(scores).to(accelerator.device)
         log_a = reference.log_probs(batch.sequences)
         if options.reference_share:
             fresh, _ = forward(training.policy, batch, options.per_device_train_batch_size)
@@ -114,6 +115,8 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         # pseudo-reward and update
         rewards = token_rewards(objective, f, log_pi, log_a, mask, potential, log_z)
         figures = update(training, estimator, batch, rewards, config.seed * 1_000_003 + step)
+        drawn = accelerator.gather(batch.drawn)
+        figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()})
 
         # log
         log.step(step, batch, texts, scores, potential, log_a, log_z, figures, time.perf_counter() - began)

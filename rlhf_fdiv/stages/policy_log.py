@@ -47,9 +47,8 @@ class Log:
         log_pi, log_ref = sequence_sum(batch.log_probs, mask), sequence_sum(log_a, mask)
         entropy, lengths = sequence_sum(batch.entropy, mask), mask.sum(-1).float()
         finished = batch.finished(self.eos_token_id).float()
-        own = torch.ones_like(log_pi) if batch.own is None else batch.own.to(log_pi)
-        columns = [log_pi, log_ref, potential, log_z, entropy, lengths, finished, batch.log_mu, own, *scores.values()]
-        whole = accelerator.gather(torch.stack(columns, 1).contiguous())
+        columns = [log_pi, log_ref, potential, log_z, entropy, lengths, finished, batch.log_mu, batch.drawn]
+        whole = accelerator.gather(torch.stack([*columns, *scores.values()], 1).contiguous())
         log_pi, log_ref, potential, log_z, _, _, _, log_mu, own, *_ = whole.unbind(1)
         log_p = log_target(log_ref, potential, log_z)
         ess = effective_sample_size((log_p - log_mu).view(-1, k))

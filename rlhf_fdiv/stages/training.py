@@ -176,12 +176,12 @@ class Training:
         try:
             state = json.loads((newest / "policy_state.json").read_text(encoding="utf-8"))
             self.accelerator.load_state(str(newest), strict=False)
+            for name, x in self.state.items():
+                x.load_state_dict(state[name])
         except Exception as error:
             raise UserError(
                 f"{newest}: damaged checkpoint ({error}); remove it to go on from the one before"
             ) from error
-        for name, x in self.state.items():
-            x.load_state_dict(state[name])
         self.accelerator.print(f"resumed from {newest}")
         return int(state["step"])
 

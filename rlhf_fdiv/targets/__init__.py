@@ -5,12 +5,12 @@ Each target's fields are its YAML schema. `scores` maps a scorer's name to its s
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fdiv.targets.dual import DualAscent, with_lambdas
 from rlhf_fdiv.targets.moments import Moments, MomentSolution, extrapolated, solve_moments
 from rlhf_fdiv.targets.partition import LogPartition, effective_sample_size
 from rlhf_fdiv.targets.potentials import Pointwise, Product, Tilted
@@ -38,13 +38,6 @@ def solve(target: Any, scores: dict[str, Tensor], extrapolate: bool = False) -> 
     return with_lambdas(target, dict(zip(names, solution.lambdas.tolist(), strict=True))), solution
 
 
-def with_lambdas(target: Any, lambdas: dict[str, float]) -> Any:
-    """The target with the λ of its `moments` part set."""
-    if isinstance(target, Moments):
-        return replace(target, lambdas=lambdas)
-    return replace(target, of=[with_lambdas(t, lambdas) if isinstance(t, Moments) else t for t in target.of])
-
-
 def unsolved(target: Any) -> Moments | None:
     """The `moments` part whose λ is still to be solved."""
     parts = target.of if isinstance(target, Product) else [target]
@@ -55,6 +48,7 @@ TARGETS: dict[str, Any] = {cls.name: cls for cls in (Tilted, Moments, Pointwise,
 
 __all__ = [
     "TARGETS",
+    "DualAscent",
     "LogPartition",
     "MomentSolution",
     "Moments",

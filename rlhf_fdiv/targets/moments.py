@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.ranges import Count
+from rlhf_fdiv.ranges import Count, NotNegative
 from rlhf_fdiv.targets.partition import effective_sample_size
 
 
@@ -18,13 +18,14 @@ class Moments:
     """potential = λ·φ(x, y): the target nearest to a (in KL(p‖a)) whose moments are `moments`, a scorer → its mean.
 
     λ is solved before training on `num_prompts` × `num_generations` samples of the reference, one λ for all prompts and
-    a Z for each prompt.
+    a Z for each prompt. With `dual_learning_rate` > 0 it then follows the trained policy (`DualAscent`).
     """
 
     moments: dict[str, float]
     num_prompts: Count = 32
     num_generations: Count = 64
     lambdas: dict[str, float] = field(default_factory=dict)
+    dual_learning_rate: NotNegative = 0.0
     name: ClassVar[str] = "moments"
     has_zeros: ClassVar[bool] = False
 
