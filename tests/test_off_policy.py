@@ -466,9 +466,11 @@ def test_a_run_draws_its_share_from_the_reference_and_logs_the_policys_own_alone
     for row, (batch, praise, tilt, log_a, log_z) in zip(rows, seen, strict=True):
         mask, own = batch.sequences.mask, batch.own
         log_pi, log_ref = sequence_sum(batch.log_probs, mask), sequence_sum(log_a, mask)
-        log_weights = (log_ref + tilt - batch.log_mu).view(4, 4)  # of all samples, under what drew them
-        assert torch.allclose(running.update(batch.prompts, log_weights).repeat_interleave(4), log_z, atol=1e-5)
-        w = log_weights.double().exp()
+        log_ratio = (log_ref - batch.log_mu).view(4, 4)  # of all samples, under what drew them
+        found = running.update(batch.prompts, log_ratio + tilt.view(4, 4), log_ratio)
+        assert torch.allclose(found.repeat_interleave(4), log_z, atol=1e-5)
+        assert row["coverage"] == pytest.approx(running.coverage, abs=1e-5)
+        w = (log_ratio + tilt.view(4, 4)).double().exp()
         assert row["ess_log_z"] == pytest.approx(float((w.sum(1) ** 2 / (w**2).sum(1)).mean()), rel=1e-4)
         kl, lengths = (log_pi - log_ref)[own], mask.sum(1)[own].float()
         entropy = sequence_sum(batch.entropy, mask)[own]
@@ -630,10 +632,10 @@ def completions_of(texts, log_pi):
 
 
 @functools.cache
-def collapse(f, rate, share=0.0, warm=0, partition=LogPartition, steps=STEPS):
+def collapse(f, rate, share=0.0, warm=0, partition=LogPartition, steps=STEPS, seed=1):
     """Trains a table of 200 logits a prompt by Adam; log Ẑ − log Z by step [steps, 32], and the policy's entropies."""
     log_a, tilt, log_z = world()
-    table, generator, running = log_a.clone().requires_grad_(), torch.Generator().manual_seed(1), partition()
+    table, generator, running = log_a.clone().requires_grad_(), torch.Generator().manual_seed(seed), partition()
     optimizer, errors = torch.optim.Adam([table], lr=rate), []
     if warm:
         drawn = torch.multinomial(log_a.exp(), warm, True, generator=generator)
@@ -646,7 +648,8 @@ def collapse(f, rate, share=0.0, warm=0, partition=LogPartition, steps=STEPS):
         batch = completions_of(texts.flatten(), ours.detach())
         if share:
             batch = batch.off_policy(ours.detach()[:, None], theirs[:, None], share)
-        found = running.update(batch.prompts, (theirs + potential - batch.log_mu).view(ROWS, K))
+        log_ratio = (theirs - batch.log_mu).view(ROWS, K)
+        found = running.update(batch.prompts, log_ratio + potential.view(ROWS, K), log_ratio)
         errors.append(found - log_z)
         mask = batch.sequences.mask
         rewards = token_rewards(Match(), divergences.get(f), batch.log_probs, theirs[:, None], mask, potential,
@@ -677,7 +680,7 @@ class Local(LogPartition):
 class MeanOfLogs(LogPartition):
     """E[log p̃/μ] = log Z − KL(μ‖p): what a batch-local baseline subtracts."""
 
-    def update(self, prompts, log_weights):
+    def update(self, prompts, log_weights, log_ratio):
         return super().update(prompts, log_weights.mean(1, keepdim=True))
 
 
@@ -707,41 +710,111 @@ def test_an_estimate_that_forgets_or_averages_logs_does_collapse(f, partition):
     assert worst < -5
 
 
-# mean error at least, and rms at most; measured −.43 and 1.20, .01 and .41, −.00 and .08; −1.91 and 2.60, −.85 and 1.41,
-# −.38 and .84
+# mean error and rms, each with its standard deviation, over eight other seeds
 ON_POLICY = {
-    ("reverse_kl", 0.3): (-0.9, 1.8), ("js", 0.3): (-0.4, 0.8), ("forward_kl", 0.3): (-0.2, 0.3),
-    ("reverse_kl", 1.0): (-2.8, 3.3), ("js", 1.0): (-1.5, 2.1), ("forward_kl", 1.0): (-0.9, 1.4),
+    ("reverse_kl", 0.3): (-0.20, 0.07, 0.63, 0.29), ("js", 0.3): (-0.04, 0.04, 0.29, 0.08),
+    ("forward_kl", 0.3): (-0.02, 0.02, 0.13, 0.05), ("reverse_kl", 1.0): (-1.33, 0.26, 2.00, 0.33),
+    ("js", 1.0): (-0.57, 0.16, 1.07, 0.26), ("forward_kl", 1.0): (-0.26, 0.15, 0.68, 0.24),
+    ("reverse_kl", 3.0): (-2.45, 0.43, 3.33, 0.37), ("js", 3.0): (-2.15, 0.42, 2.98, 0.35),
+    ("forward_kl", 3.0): (-1.89, 0.37, 2.76, 0.28),
 }  # fmt: skip
 
 
+def require_in_band(name, band, errors, entropies):
+    """Not below what other seeds gave, by more than four of their standard deviations."""
+    mean, rms, worst = told(name, errors, entropies)
+    assert mean >= band[0] - 4 * band[1]
+    assert rms <= band[2] + 4 * band[3]
+    return worst
+
+
 @pytest.mark.parametrize(("f", "rate"), ON_POLICY)
-def test_on_policy_log_z_falls_with_the_policys_entropy_but_stays_in_a_band(f, rate):
-    errors, entropies = collapse(f, rate)
-    mean, rms, _ = told(f"{f}, rate {rate}, on policy", errors, entropies)
-    least, most = ON_POLICY[f, rate]
-    assert mean >= least
-    assert rms <= most
+def test_on_policy_log_z_stays_in_a_band(f, rate):
+    require_in_band(f"{f}, rate {rate}, on policy", ON_POLICY[f, rate], *collapse(f, rate))
 
 
-# with reference samples to start from; measured −1.32 and 2.07 with 64 a prompt, −.41 and .63 with 400; −.73 and .85, −.64
-# and .79
-WARM = {("reverse_kl", 1.0, 64): (-2.0, 2.5), ("reverse_kl", 1.0, 400): (-0.7, 0.9), ("reverse_kl", 3.0, 400): (-1.0, 1.2),
-        ("js", 3.0, 400): (-1.0, 1.2)}  # fmt: skip
+@pytest.mark.parametrize("f", COLLAPSED)
+def test_a_collapse_does_not_take_log_z_below_what_was_known_before_it(f):
+    """The first batch of 8 comes from the reference itself, and errs by −2.2 on average and 3.3 in rms. Were all visits of
+    one weight, each of the 300 of a point mass would pull the estimate down to p̃ of the one outcome left."""
+    log_a, tilt, log_z = world()
+    drawn = torch.multinomial(log_a.exp(), 2000 * K, True, generator=torch.Generator().manual_seed(7))
+    first = torch.logsumexp(tilt.gather(1, drawn).view(ROWS, 2000, K), 2) - math.log(K) - log_z[:, None]
+    errors, entropies = collapse(f, 3.0)
+    assert entropies.mean() < 0.3, "there is a collapse to withstand"
+    mean, *_ = told(f"{f}, rate 3, on policy", errors, entropies)
+    by_prompt = errors[-100:].mean(0)
+    assert mean >= first.mean() - 4 * by_prompt.std() / ROWS**0.5
+    even, _ = collapse(f, 3.0, partition=EvenWeights)
+    assert even[-100:].mean() < mean - 0.5
+
+
+class EvenWeights(LogPartition):
+    """Without the coverage."""
+
+    def update(self, prompts, log_weights, log_ratio):
+        return super().update(prompts, log_weights)
+
+
+# with reference samples to start from
+WARM = {
+    ("reverse_kl", 1.0, 64): (-0.83, 0.29, 1.42, 0.27), ("js", 1.0, 64): (-0.42, 0.13, 0.92, 0.27),
+    ("reverse_kl", 1.0, 400): (-0.35, 0.16, 0.75, 0.24), ("js", 1.0, 400): (-0.15, 0.11, 0.60, 0.26),
+    ("reverse_kl", 3.0, 400): (-0.23, 0.10, 0.62, 0.21), ("js", 3.0, 400): (-0.24, 0.11, 0.63, 0.23),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("f", "rate", "warm"), WARM)
 def test_a_warm_start_is_not_forgotten_so_that_log_z_stays_through_a_collapse_on_policy(f, rate, warm):
-    """At a rate of 3 the policy is left with one outcome, and on-policy samples alone would lose 4 nats."""
     errors, entropies = collapse(f, rate, warm=warm)
-    mean, rms, worst = told(f"{f}, rate {rate}, on policy, warm start {warm}", errors, entropies)
-    least, most = WARM[f, rate, warm]
-    assert mean >= least
-    assert rms <= most
-    if warm == 400:
-        assert worst >= -3
-        if rate == 3.0:
-            assert entropies.mean() < 0.4, "there is a collapse to withstand"
+    require_in_band(f"{f}, rate {rate}, on policy, warm start {warm}", WARM[f, rate, warm], errors, entropies)
+    if rate == 3.0:
+        assert entropies.mean() < 0.4, "there is a collapse to withstand"
+
+
+def test_a_visit_weighs_as_much_as_the_step_before_covered_of_the_reference():
+    """Coverages ½, then 1 at most; a prompt first seen at a coverage of ½ starts from its own batch all the same."""
+    running, log_ratio = LogPartition(horizon=2), torch.tensor([0.25, 0.75]).log()
+    assert running.update([0], torch.tensor([2.0, 4.0]).log()[None], log_ratio[None]).exp().tolist() == pytest.approx(
+        [3]
+    )
+    assert running.coverage == pytest.approx(0.5)
+    found = running.update(
+        [0, 1], torch.tensor([6.0, 6.0]).log().repeat(2, 1), torch.tensor([1.0, 7.0]).log().repeat(2, 1)
+    ).exp()
+    assert found.tolist() == pytest.approx([(3 + 0.5 * 6) / 1.5, 6])
+    assert running.coverage == 1
+    found = running.update([0, 1], torch.tensor([9.0, 9.0]).log().repeat(2, 1), log_ratio.repeat(2, 1)).exp()
+    assert found.tolist() == pytest.approx([4 + (9 - 4) / 2, (0.5 * 6 + 9) / 1.5]), "weights add up to 2 at most"
+
+
+def test_the_weights_leave_the_estimate_of_z_unbiased():
+    """Four prompts, five steps of a policy that moves away from the reference, 3,000 times over."""
+    log_a, tilt, log_z = (x[:4] for x in world())
+    tilt = tilt / 3
+    log_z = torch.logsumexp(log_a + tilt, 1)
+    policies = [(log_a + share * tilt).log_softmax(1) for share in (0.0, 0.5, 1.0, 1.5, 1.5)]
+    generator, found = torch.Generator().manual_seed(2), []
+    draws = [torch.multinomial(pi.exp(), 3000 * K, True, generator=generator).view(4, 3000, K) for pi in policies]
+    coverages = []
+    for i in range(3000):
+        running = LogPartition()
+        for pi, drawn in zip(policies, draws, strict=True):
+            theirs, ours, potential = (x.gather(1, drawn[:, i]) for x in (log_a, pi, tilt))
+            z = running.update([*range(4)], theirs + potential - ours, theirs - ours)
+            coverages.append(running.coverage)
+        found.append((z - log_z).exp().mean())
+    found = torch.stack(found)
+    assert 0.5 < sum(coverages) / len(coverages) < 0.95, "the weights are to differ"
+    assert abs(found.mean() - 1) <= 4 * found.std() / 3000**0.5
+
+
+def test_a_policy_that_covers_nothing_of_the_reference_leaves_log_z_where_it_was():
+    running = LogPartition()
+    running.update([0], torch.tensor([2.0]).log()[None], torch.tensor([-2000.0])[None])
+    for _ in range(300):
+        found = running.update([0], torch.tensor([-9.0])[None], torch.tensor([-2000.0])[None])
+    assert float(found) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_sample_of_the_reference_weighs_as_much_as_one_of_the_policy_within_the_horizon():
@@ -774,17 +847,5 @@ def test_a_warm_start_leaves_the_estimate_of_z_unbiased(share):
 
 
 @pytest.mark.parametrize("f", COLLAPSED)
-def test_a_point_mass_knows_of_no_z_but_its_own_unless_the_reference_is_asked(f):
-    """On policy nothing else can be told: Ẑ becomes p̃ of the one outcome left, here e^-4 of Z, and no more than that
-    is lost. A share of .1 is enough to see the rest."""
-    alone, entropies = collapse(f, 3.0)
-    mean, rms, _ = told(f"{f}, rate 3, on policy", alone, entropies)
-    assert entropies.mean() < 0.3
-    assert -5.5 <= mean <= -2
-    log_a, tilt, log_z = world()
-    lowest = (log_a + tilt).amin(1) - log_z
-    assert (alone >= lowest).all()
-    mixed, _ = told_share = collapse(f, 3.0, share=0.1)
-    _, with_share, _ = told(f"{f}, rate 3, share .1", *told_share)
-    assert with_share < rms / 3
-    assert float(mixed[-100:].mean()) > -0.8
+def test_a_tenth_from_the_reference_is_enough_to_see_the_rest(f):
+    require_in_band(f"{f}, rate 3, share .1", (-0.31, 0.13, 0.89, 0.16), *collapse(f, 3.0, share=0.1))

@@ -20,7 +20,7 @@ generate's own top_k = 50                           test_tokens_beyond_the_fifty
 bf16 rollout under a float32 trainer                self-check: test_a_rollout_in_bfloat16_is_found
 bf16 throughout                                     test_a_model_in_bfloat16_…, test_the_engines_log_probs_do_not_…
 adapter off where the SFT model was an adapter      self-check: test_an_unmerged_adapter_as_start_is_found
-resume re-anchors, or drops any state               test_a_resume_that_drops_something_ends_elsewhere, …_solved_lambdas_…
+resume re-anchors, or drops any state               test_a_resume_that_drops_something_ends_elsewhere, …_lambdas_…
 length-normalised log-probs                         test_a_length_normalised_log_prob_is_another_objective
 no self-check                                       test_a_sound_model_passes_the_self_check, test_a_reference_that_moved_…
 ZeRO-3 and FSDP generation                          not here
@@ -82,7 +82,7 @@ from rlhf_fdiv.stages import policy as policy_stage
 from rlhf_fdiv.stages import policy_update, sft
 from rlhf_fdiv.stages.policy import self_check
 from rlhf_fdiv.stages.training import Training
-from rlhf_fdiv.targets import LogPartition
+from rlhf_fdiv.targets import DualAscent, LogPartition
 
 FULL, LORA = "model.lora=null", "model.lora={r: 2, lora_alpha: 4}"
 full_or_lora = pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
@@ -744,6 +744,7 @@ EVERY_PROMPT = (FULL, "divergence=forward_kl", "policy.num_prompts=12", "policy.
 RESUMED = {
     "tilted": (*EVERY_PROMPT, "policy.warm_start_generations=4", "policy.lr_scheduler_type=cosine"),
     "moments": (*EVERY_PROMPT, "target={name: moments, moments: {praise: .6}, num_prompts: 12}"),
+    "dual": (*EVERY_PROMPT, "target={name: moments, moments: {praise: .6}, num_prompts: 12, dual_learning_rate: .5}"),
 }
 
 
@@ -862,6 +863,20 @@ def test_a_resume_goes_on_with_the_lambdas_that_were_solved(both, tmp_path):
     again, _ = resumed(both, "moments", tmp_path / "again", lambda folder: (folder / "target.json").unlink())
     assert json.loads((again / "target.json").read_text()) == solved
     assert rows_of(again) == rows_of(whole)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_resume_goes_on_with_the_lambdas_that_have_followed_the_policy(both, tmp_path, monkeypatch, forgets):
+    """Those of the target itself, which evaluation measures against, stay as they were solved."""
+    if forgets:
+        monkeypatch.setattr(DualAscent, "load_state_dict", lambda self, state: None)
+    out, whole = resumed(both, "dual", tmp_path)
+    path = [row["lambda_praise"] for row in rows_of(whole)]
+    solved = json.loads((whole / "target.json").read_text())["lambdas"]["praise"]
+    assert len({solved, *path}) == 5
+    assert json.loads((out / "target.json").read_text())["lambdas"]["praise"] == solved
+    assert (rows_of(out) == rows_of(whole)) == (not forgets)
+    assert same(weights(out), weights(whole)) == (not forgets)
 
 
 # -- length normalisation ----------------------------------------------------------------------------------------------

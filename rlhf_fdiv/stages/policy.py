@@ -108,13 +108,15 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         log_pi = batch.log_probs
 
         # log Z, the same on every process
-        log_weights = sequence_sum(log_a, mask) + potential - batch.log_mu
-        log_z = share_log_z(accelerator, log_partition, batch.prompts, log_weights.view(-1, options.num_generations))
+        log_ratio = sequence_sum(log_a, mask) - batch.log_mu
+        by_prompt = torch.stack([log_ratio + potential, log_ratio], -1).view(-1, options.num_generations, 2)
+        log_z = share_log_z(accelerator, log_partition, batch.prompts, by_prompt)
         log_z = log_z.repeat_interleave(options.num_generations)
 
         # pseudo-reward and update
         rewards = token_rewards(objective, f, log_pi, log_a, mask, potential, log_z)
         figures = update(training, estimator, batch, rewards, config.seed * 1_000_003 + step)
+        figures["coverage"] = log_partition.coverage
         drawn = accelerator.gather(batch.drawn)
         figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()})
 
@@ -186,12 +188,10 @@ def solve_target(
     return target
 
 
-def share_log_z(
-    accelerator: Accelerator, log_partition: LogPartition, prompts: list[int], log_weights: Tensor
-) -> Tensor:
-    """Updates log Ẑ(x) with every process's prompts and returns this process's, [P]; log_weights [P, K]."""
-    everyone = accelerator.gather(log_weights.contiguous())
-    log_z = log_partition.update(gather_object(prompts), everyone)
+def share_log_z(accelerator: Accelerator, log_partition: LogPartition, prompts: list[int], by_prompt: Tensor) -> Tensor:
+    """Updates log Ẑ(x) with every process's prompts and returns this process's, [P]; log p̃/μ and log a/μ, [P, K, 2]."""
+    everyone = accelerator.gather(by_prompt.contiguous())
+    log_z = log_partition.update(gather_object(prompts), *everyone.unbind(-1))
     first = accelerator.process_index * len(prompts)
     return log_z[first : first + len(prompts)]
 

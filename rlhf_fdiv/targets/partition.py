@@ -13,49 +13,59 @@ from torch import Tensor
 class LogPartition:
     """Running log Ẑ(x) by importance sampling, Ẑ(x) = mean_k exp(log p̃ − log π_old) over a prompt's completions.
 
-    Each prompt's estimates are averaged with equal weight, then exponentially once `horizon` of them are in, so that
-    early, poor ones fade. A prompt is its row number in the prompt data; the state goes into the checkpoint. The first
-    estimate of an unseen prompt is that of its own batch. At most `capacity` prompts are kept, those visited last.
-    Samples of the reference (`warm_start`) do not fade: they weigh as many as they are beside the last `horizon` batches,
-    for a policy that has collapsed knows of no Z but its own.
+    A visit weighs as much as the policy covers of the reference: the mean of a/π_old, which is 1 for full support, over all
+    completions of the step before (so that weight and estimate are independent given the policy). A policy that has
+    collapsed knows of no Z but its own, and must not overrule what was seen earlier. Weights add up to at most `horizon`,
+    beyond which older visits fade. A prompt is its row number
+    in the prompt data; the state goes into the checkpoint. At most `capacity` prompts are kept, those visited last.
+    Samples of the reference (`warm_start`) do not fade: they weigh as many as they are.
     """
 
     def __init__(self, horizon: int = 50, capacity: int = 1_000_000) -> None:
         self.horizon, self.capacity = horizon, capacity
-        self._kept: dict[int, tuple[float, int]] = {}  # log Ẑ and visits, the longest unvisited prompt first
+        self._kept: dict[int, tuple[float, float]] = {}  # log Ẑ and weight, the longest unvisited prompt first
         self._reference: dict[int, tuple[float, int]] = {}  # log Ẑ from samples of the reference, and how many
+        self.coverage = 1.0
 
     def warm_start(self, prompts: list[int], potential: Tensor) -> None:
         """Takes log p̃ − log a of samples of the reference, [P, N]."""
-        log_z = torch.logsumexp(potential.double(), 1) - math.log(potential.shape[1])
+        log_z = _log_mean(potential, 1)
         self._reference.update(zip(prompts, ((x, potential.shape[1]) for x in log_z.tolist()), strict=True))
 
-    def update(self, prompts: list[int], log_weights: Tensor) -> Tensor:
-        """Takes log p̃ − log π_old, [P, K] (−inf where p̃ = 0), and returns the running log Ẑ, [P]."""
-        batch = torch.logsumexp(log_weights.double(), 1) - math.log(log_weights.shape[1])
-        for prompt, new in zip(prompts, batch.tolist(), strict=True):
-            old, visits = self._kept.pop(prompt, (-math.inf, 0))
-            rate = max(1 / (visits + 1), 1 / self.horizon)
-            self._kept[prompt] = _log_mix(old, new, rate), visits + 1
+    def update(self, prompts: list[int], log_weights: Tensor, log_ratio: Tensor | None = None) -> Tensor:
+        """Takes log p̃ − log π_old (−inf where p̃ = 0) and log a − log π_old, [P, K] each; the running log Ẑ, [P].
+
+        Without `log_ratio` every visit weighs the same.
+        """
+        for prompt, new in zip(prompts, _log_mean(log_weights, 1).tolist(), strict=True):
+            old, weight = self._kept.pop(prompt, (-math.inf, 0.0))
+            weight = min(weight + self.coverage, self.horizon)
+            self._kept[prompt] = _log_mix(old, new, self.coverage / weight), weight
         log_z = [self._of(p, log_weights.shape[1]) for p in prompts]
         for longest_unvisited in list(islice(self._kept, max(len(self._kept) - self.capacity, 0))):
             del self._kept[longest_unvisited]
+        if log_ratio is not None:
+            self.coverage = min(max(float(_log_mean(log_ratio.flatten(), 0).exp()), 1e-9), 1.0)
         return torch.tensor(log_z, dtype=log_weights.dtype, device=log_weights.device)
 
     def _of(self, prompt: int, k: int) -> float:
         """The running estimate from batches of k, with the reference's samples where there are some."""
-        (log_z, visits), (reference, n) = self._kept[prompt], self._reference.get(prompt, (-math.inf, 0))
-        seen = k * min(visits, self.horizon)
-        return _log_mix(reference, log_z, seen / (seen + n))
+        (log_z, weight), (reference, n) = self._kept[prompt], self._reference.get(prompt, (-math.inf, 0))
+        return _log_mix(reference, log_z, k * weight / (k * weight + n))
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"prompts": list(self._kept), "kept": list(self._kept.values())}
+        kept = {"prompts": list(self._kept), "kept": list(self._kept.values()), "coverage": self.coverage}
         return {**kept, "reference": list(self._reference.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        kept = ((float(log_z), int(visits)) for log_z, visits in state["kept"])
+        kept = ((float(log_z), float(weight)) for log_z, weight in state["kept"])
         self._kept = dict(zip(map(int, state["prompts"]), kept, strict=True))
-        self._reference = {int(prompt): (float(log_z), int(n)) for prompt, (log_z, n) in state.get("reference", ())}
+        self._reference = {int(prompt): (float(log_z), int(n)) for prompt, (log_z, n) in state["reference"]}
+        self.coverage = float(state["coverage"])
+
+
+def _log_mean(x: Tensor, dim: int) -> Tensor:
+    return torch.logsumexp(x.double(), dim) - math.log(x.shape[dim])
 
 
 def _log_mix(old: float, new: float, rate: float) -> float:
