@@ -1117,7 +1117,7 @@ def test_two_processes_take_the_same_steps_as_one(policy, model):
     assert states[0]["prompts"] == states[1]["prompts"]
     for alone, together in zip(states[0]["kept"], states[1]["kept"], strict=True):
         assert alone[0] == pytest.approx(together[0], abs=1e-4)
-        assert alone[1] == together[1]
+        assert alone[1] == pytest.approx(together[1], rel=1e-5)
 
 
 def test_a_second_process_runs_the_stage_that_resume_names_even_where_it_still_looks_finished(policy, monkeypatch):
