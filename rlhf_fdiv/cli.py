@@ -77,6 +77,27 @@ _stage_command("distil", "Distillation from a teacher, by token, with any f.")
 _stage_command("evaluate", "Before and after, on held-out prompts.")
 
 
+@app.command()
+def ablate(
+    grid: Annotated[Path, typer.Argument(help="An ablation file (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    launch: Annotated[
+        str | None, typer.Option(help='Run each cell by this launcher, for example "accelerate launch".')
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Print a command for each run that can start now, and stop.")
+    ] = False,
+) -> None:
+    """A grid of runs over any config keys; finished cells are skipped, failed ones named."""
+    from rlhf_fdiv import ablation
+
+    if print_commands:
+        typer.echo("".join(f"{line}\n" for line in ablation.commands(grid, overrides or [], launch)), nl=False)
+    elif not ablation.ablate(grid, overrides or [], launch, retry):
+        raise typer.Exit(1)
+
+
 @app.command("divergences")
 def list_divergences(
     plot: Annotated[

@@ -23,7 +23,7 @@ from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError
 
 _FREE_KEYS = ("stages", "resume", "report_to", "output_dir")  # may change between two calls of one run
-_MADE_FROM = {  # the keys that what a stage makes depends on
+MADE_FROM = {  # the keys that what a stage makes depends on
     "sft": ("model.name_or_path", "model.dtype", "data.sft_train", "sft", "seed"),
     "reward": ("model.name_or_path", "model.dtype", "data.preferences_train", "reward", "seed"),
     "policy": ("model", "data.prompts_train", "policy", "divergence", "objective", "target", "estimator", "seed"),
@@ -32,9 +32,9 @@ _MADE_FROM = {  # the keys that what a stage makes depends on
 }
 
 
-def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any], but_for: str = "") -> str:
     """Where two configs differ in what a stage is made from, in words."""
-    keys = [f"{key}." for key in _MADE_FROM.get(stage, ())]
+    keys = [f"{key}." for key in MADE_FROM.get(stage, ()) if key != but_for]
 
     def matters(line: str) -> bool:
         at = f"{line.partition(':')[0]}."
@@ -97,7 +97,8 @@ class RunFolder:
         other = Path(self.config.reuse)
         if not is_finished(other / stage):
             raise UserError(f"reuse: {other / stage} is not a finished stage")
-        if changed := _made_otherwise(stage, read_yaml(other / "resolved_config.yaml"), to_dict(self.config)):
+        made, wanted = read_yaml(other / "resolved_config.yaml"), to_dict(self.config)
+        if changed := _made_otherwise(stage, made, wanted, but_for="seed"):  # runs of several seeds may share it
             raise UserError(f"reuse: the {stage} stage of {other} was made with another config ({changed})")
         return other / stage
 

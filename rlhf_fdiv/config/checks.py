@@ -35,8 +35,9 @@ _CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGET
 _DEFAULTS = {"objective": "match", "target": "tilted", "estimator": "rloo"}
 TOP_LEVEL = (*_PLAIN, *_SECTIONS, *_CHOICES, "divergence", "scorers")
 
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 for _cls in (*_SECTIONS.values(), *(c for r in (*_CHOICES.values(), SCORERS) for c in r.values())):
-    _cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    _cls.__pydantic_config__ = STRICT
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -52,13 +53,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 def parse(raw: dict[str, Any]) -> RunConfig:
     """From plain values to a RunConfig. Raises UserError with every problem."""
     problems = [f"{key}: unknown key{did_you_mean(str(key), TOP_LEVEL)}" for key in raw if key not in TOP_LEVEL]
-    values = {key: _validate(kind, raw[key], key, problems) for key, kind in _PLAIN.items() if key in raw}
+    values = {key: validate(kind, raw[key], key, problems) for key, kind in _PLAIN.items() if key in raw}
     if "name" not in raw:
         problems.append("name: is required, the name of the run's folder")
     elif values["name"] is not None and not re.fullmatch(r"(?!\.+$)[\w.+=-]+", values["name"]):
         problems.append(f"name: {values['name']!r} must be letters, digits and . _ + = -, since it names a folder")
     for key, cls in _SECTIONS.items():
-        values[key] = _validate(cls, {} if raw.get(key) is None else raw[key], key, problems)
+        values[key] = validate(cls, {} if raw.get(key) is None else raw[key], key, problems)
     for key, default in _DEFAULTS.items():
         values[key] = _choice(_CHOICES[key], raw.get(key, default), key, problems, default)
     scorers = raw.get("scorers", {"reward": "reward_model"})
@@ -89,7 +90,7 @@ def _named(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"name": value}
 
 
-def _validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
+def validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     """The value as `kind`, or None where that adds problems, at most one a key."""
     found: dict[str, str] = {}
     try:
@@ -138,7 +139,7 @@ def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str],
         options["of"] = [_choice(registry, part, f"{key}.of.{i}", problems) for i, part in enumerate(options["of"])]
         if None in options["of"]:
             return None
-    return _validate(registry[name], options, key, problems)
+    return validate(registry[name], options, key, problems)
 
 
 def _divergences(raw: dict[str, Any]) -> dict[str, Any]:
