@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import MinLen
 from pydantic import ConfigDict
 
+from rlhf_fdiv import comparison
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.config.checks import STRICT, validate
@@ -250,6 +251,25 @@ def ablate(path: Path, overrides: list[str], launch: str | None = None, retry: b
         run_cells(searched, launch, retry, ablation.search.metric)
         chosen = choose(ablation, searched)
     return run_cells(grid_cells(ablation, chosen), launch, retry, ablation.search.metric if ablation.search else "")
+
+
+def report(path: Path, overrides: list[str], metric: str | None = None) -> Path:
+    """Compares the finished cells and returns the folder that it wrote into. Raises UserError where there are none."""
+    ablation = load(path, overrides)
+    chosen = choose(ablation, search_cells(ablation)) if ablation.search else None
+    cells = grid_cells(ablation, chosen)
+    finished = [cell.config.folder for cell in cells if cell.state == "finished"]
+    if not finished:
+        raise UserError(f"{ablation.folder}: no finished cell; run rlhf-fdiv ablate {path}")
+    table = comparison.collect(finished)
+    metric = metric or (ablation.search.metric if ablation.search else "policy.objective")
+    by = ablation.search.by[0] if ablation.search else "divergence"
+    pairs, keys = [tuple(pair) for pair in ablation.compare], list(ablation.grid)
+    claims = comparison.compare(table, keys, by, pairs, metric) if pairs else []
+    out = ablation.folder / "comparison"
+    open_cells = [cell.name for cell in cells if cell.state != "finished"]
+    comparison.write_comparison(out, table, keys, metric, claims, open_cells)
+    return out
 
 
 def commands(path: Path, overrides: list[str], launch: str | None = None) -> list[str]:

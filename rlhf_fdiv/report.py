@@ -53,7 +53,7 @@ def _what(config: RunConfig, has_objective: bool) -> str:
     )
 
 
-def _table(*rows: Iterable[str]) -> str:
+def markdown_table(*rows: Iterable[str]) -> str:
     """Markdown; the first row is the head."""
     head, *lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, re.sub(r"[^|]+", " --- ", head), *lines])
@@ -75,7 +75,7 @@ def _main_table(config: RunConfig, report: dict[str, Any]) -> str:
         for key in (*config.scorers, *ROWS)
         if policy.get(key) is not None
     ]
-    return _table(("", "before", "after", "gain (paired)"), *rows)
+    return markdown_table(("", "before", "after", "gain (paired)"), *rows)
 
 
 def _divergence_table(report: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def _divergence_table(report: dict[str, Any]) -> str:
     if z := report.get("log_z"):
         ess = f"ESS {z['ess']:.1f} of {z['samples']} samples a prompt"
         note += f"log Ẑ(x) of the target: mean {_number(z['mean'])}, {ess}."
-    return _table(("f", "to the reference", "to the target"), *rows) + f"\n\n{note}"
+    return markdown_table(("f", "to the reference", "to the target"), *rows) + f"\n\n{note}"
 
 
 def _samples(samples: pd.DataFrame, count: int) -> str:
@@ -98,7 +98,7 @@ def _samples(samples: pd.DataFrame, count: int) -> str:
         return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
     texts = samples.drop_duplicates("prompt")[["prompt", "sft", "policy"]].head(count)
-    return _table(("prompt", "before", "after"), *(map(cell, row) for row in texts.to_numpy().tolist()))
+    return markdown_table(("prompt", "before", "after"), *(map(cell, row) for row in texts.to_numpy().tolist()))
 
 
 def _figure(panels: list[str], draw: Callable[[Axes, str], None], path: Path) -> list[Path]:

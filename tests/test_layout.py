@@ -34,6 +34,7 @@ ORDER = (
     "tracking",
     "plots",
     "report",
+    "comparison",
     "stages",
     "ablation",
     "verify",
