@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fdiv.assets import toy
 from rlhf_fdiv.errors import UserError, did_you_mean
 
 PROMPTS: dict[str, type] = {"prompt": str}
@@ -25,7 +26,9 @@ Rows = list[dict[str, Any]]
 
 
 def locate(source: str) -> str:
-    """`film_reviews/…` becomes a file in the cache, made on first use; anything else stays what it is."""
+    """`film_reviews/…` and `toy/…` become files in the cache, made on first use; anything else stays what it is."""
+    if source.startswith("toy/"):
+        return str(toy() / source.removeprefix("toy/"))
     if source.startswith("film_reviews/"):
         from rlhf_fdiv.film_reviews import build
 
@@ -63,7 +66,7 @@ def _raw_rows(source: str) -> Iterable[Any]:
         kind, read = _READERS[path.suffix]
     elif os.path.isdir(path):
         kind, read = "a folder that `Dataset.save_to_disk` wrote", _folder
-    elif source.startswith("film_reviews/"):
+    elif source.startswith(("film_reviews/", "toy/")):
         there = [p.name for p in path.parent.glob("*.jsonl")]
         raise UserError(f"{source}: no such file{did_you_mean(path.name, there)}")
     elif path.suffix in _READERS or source.count("/") != 1 or source.startswith((".", "/")):

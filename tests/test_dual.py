@@ -85,6 +85,14 @@ def test_two_steps_by_hand():
     assert dual.target.lambdas == {"x": later}
 
 
+def test_the_schedule_scales_the_step():
+    steps = []
+    for schedule in (1.0, 0.25, 0.0):
+        dual = DualAscent(Moments({"x": 0.5}, lambdas={"x": 2.0}, dual_learning_rate=0.1))
+        steps.append(dual.step({"x": T(0, 0, 0, 1)}, schedule)["lambda_x"] - 2)
+    assert steps == pytest.approx([0.1, 0.025, 0])
+
+
 def test_a_feature_that_is_always_at_its_goal_moves_nothing():
     dual = DualAscent(Moments({"x": 0.5}, lambdas={"x": 2.0}, dual_learning_rate=0.1))
     assert dual.step({"x": T(0.5, 0.5)}) == {"lambda_x": 2.0}

@@ -47,7 +47,7 @@ INSIDE = {
     "targets": ("partition", "potentials", "moments", "dual"),
     "estimators": ("loss", "groups", "ppo"),
     "config": ("files", "options", "checks"),
-    "metrics": ("text", "likelihood", "divergence"),
+    "metrics": ("text", "likelihood", "exact", "divergence"),
     "stages": (
         "common",
         "training",

@@ -121,7 +121,8 @@ class DistilOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measurement on held-out prompts, of the reference and of the policy with the same random streams."""
+    """Measurement on held-out prompts, of the reference and of the policy with the same random streams; with `exact` also
+    over every text, for a language small enough to enumerate."""
 
     num_prompts: Count | None = None
     num_generations: Count = 4
@@ -131,6 +132,7 @@ class EvaluateOptions:
     )
     perplexity_rows: CountOrZero = 128
     samples: CountOrZero = 10
+    exact: bool = False
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,9 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             scores["policy"][name].cpu(), scores["sft"][name].cpu(), groups
         )
 
+    if options.exact and target is not None:
+        report["exact"] = enumerate_language(config, models, tokenizer, ids, rows, scorers, target)
+
     # write
     table = pd.DataFrame({"prompt": prompts})
     for name in models:
@@ -121,6 +124,37 @@ def draw(lm: Any, tokenizer: Any, ids: list[list[int]], k: int, noise: Tensor, b
         prompts = list(range(i, i + len(part)))
         batches.append(Rollout(*sample(lm, tokenizer, part, k, noise[i * k : (i + len(part)) * k]), prompts))
     return batches
+
+
+def enumerate_language(
+    config: RunConfig,
+    models: dict[str, Any],
+    tokenizer: Any,
+    ids: list[list[int]],
+    rows: Rows,
+    scorers: Scorers,
+    target: Any,
+) -> dict[str, Any]:
+    """The same figures without an estimate, over every text."""
+    try:
+        every = metrics.all_texts(
+            models["policy"].config.vocab_size, tokenizer.eos_token_id, config.training.max_completion_length
+        )
+    except ValueError as error:
+        raise UserError(f"evaluate.exact: {error}") from error
+    log_pi, log_a = (
+        metrics.log_probs_of_all(models[n], ids, every, config.evaluate.batch_size) for n in ("policy", "sft")
+    )
+    decoded = tokenizer.batch_decode(every, skip_special_tokens=True)
+    repeated = [row for row in rows for _ in every]
+    texts = {"prompts": [row["prompt"] for row in repeated], "completions": decoded * len(rows)}
+    scores = scorers(list(target.scorers), **extra_columns(repeated), **texts)
+    potential = target.potential(scores).double().cpu().view(log_pi.shape)
+    log_p = (log_a + potential).log_softmax(1)
+    fs = [divergences.get(spec) for spec in config.evaluate.divergences]
+    report = metrics.exact_report(fs, log_pi, log_a, log_p, config.beta * potential)
+    report["objective"] = report["reward"] - config.beta * report["kl_reference"]
+    return report
 
 
 def describe(

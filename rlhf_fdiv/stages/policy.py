@@ -118,7 +118,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         figures = update(training, estimator, batch, rewards, config.seed * 1_000_003 + step)
         figures["coverage"] = log_partition.coverage
         drawn = accelerator.gather(batch.drawn)
-        figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()})
+        figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()}, training.schedule)
 
         # log
         log.step(step, batch, texts, scores, potential, log_a, log_z, figures, time.perf_counter() - began)

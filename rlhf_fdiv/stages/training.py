@@ -147,6 +147,11 @@ class Training:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
+    @property
+    def schedule(self) -> float:
+        """The share of `learning_rate` that this step has."""
+        return float(self.state["scheduler"].get_last_lr()[0] / self.options.learning_rate)
+
     def end_step(self, step: int) -> bool:
         """Advances the schedule; True where a checkpoint is due."""
         self.state["scheduler"].step()

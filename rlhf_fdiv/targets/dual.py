@@ -19,7 +19,8 @@ def with_lambdas(target: Any, lambdas: dict[str, float]) -> Any:
 
 
 class DualAscent:
-    """λ ← λ + η·(μ̄ − E_π[φ]) / E_π[(φ − μ̄)²] after each step, η the target's `dual_learning_rate`.
+    """λ ← λ + η·(μ̄ − E_π[φ]) / E_π[(φ − μ̄)²] after each step, η the target's `dual_learning_rate` under the policy's own
+    schedule, so that both come to rest together.
 
     A policy that can represent p ends where it would without: E_π[φ] = E_p[φ] = μ̄ at the λ of the convex dual. One that
     cannot falls short of the moments of the p that it is trained towards; λ then moves on until the policy's own meet the
@@ -34,8 +35,9 @@ class DualAscent:
         self.rate, self.goal, self.lambdas = found.dual_learning_rate, found.moments, dict(found.lambdas)
         self._spread, self._steps = dict.fromkeys(self.goal, 0.0), 0
 
-    def step(self, scores: dict[str, Tensor]) -> dict[str, float]:
-        """Takes the scores of completions that the policy drew, [N] each; returns each `lambda_…` from now on."""
+    def step(self, scores: dict[str, Tensor], schedule: float = 1.0) -> dict[str, float]:
+        """Takes the scores of completions that the policy drew, [N] each, and the share of η that the schedule gives;
+        returns each `lambda_…` from now on."""
         if not self.rate:
             return {}
         self._steps += 1
@@ -43,7 +45,7 @@ class DualAscent:
             distance = goal - scores[name].double()
             self._spread[name] += (float((distance**2).mean()) - self._spread[name]) / self._steps
             if self._spread[name]:
-                self.lambdas[name] += self.rate * float(distance.mean()) / self._spread[name]
+                self.lambdas[name] += schedule * self.rate * float(distance.mean()) / self._spread[name]
         self.target = with_lambdas(self.target, dict(self.lambdas))
         return {f"lambda_{name}": value for name, value in self.lambdas.items()}
 

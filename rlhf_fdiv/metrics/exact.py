@@ -1,0 +1,59 @@
+"""What needs no estimate: every text of a language small enough to enumerate."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fdiv import divergences
+from rlhf_fdiv.divergences import Divergence
+from rlhf_fdiv.metrics.likelihood import score
+from rlhf_fdiv.sequences import Sequences, pad
+
+LIMIT = 200_000
+
+
+def all_texts(vocab_size: int, eos_token_id: int, length: int) -> list[list[int]]:
+    """Every completion of at most `length` tokens: those that end, and those that are cut. ValueError for too many."""
+    count = sum((vocab_size - 1) ** n for n in range(length + 1))
+    if count > LIMIT:
+        raise ValueError(f"{count:,} texts of at most {length} tokens cannot be enumerated (limit {LIMIT:,})")
+    others = [token for token in range(vocab_size) if token != eos_token_id]
+    ended = [[*t, eos_token_id] for n in range(length) for t in itertools.product(others, repeat=n)]
+    return ended + [list(t) for t in itertools.product(others, repeat=length)]
+
+
+def log_probs_of_all(lm: Any, prompts: list[list[int]], texts: list[list[int]], batch_size: int) -> Tensor:
+    """log π(y|x) of every text, [P, N] in float64, normalised over them to the digits of the model's own dtype."""
+    device = next(lm.parameters()).device
+    rows = []
+    for prompt in prompts:
+        sequences = Sequences(*pad([prompt] * len(texts), 0, "left"), *pad(texts, 0, "right"))
+        rows.append(score(lm, Sequences(*(x.to(device) for x in vars(sequences).values())), batch_size))
+    return torch.stack(rows).log_softmax(1)
+
+
+def exact_report(fs: list[Divergence], log_pi: Tensor, log_a: Tensor, log_p: Tensor, reward: Tensor) -> dict[str, Any]:
+    """Divergences of π to target and reference, means over prompts in nats; log-probs and reward of every text, [P, N].
+
+    `recall` is the share of the target that the policy covers, the mass p of texts with π > p/10; `precision` the share of
+    the policy that the target covers, the mass π of texts with p > π/10.
+    """
+
+    def mean(x: Tensor) -> float:
+        return float(x.mean())
+
+    pi, p = log_pi.exp(), log_p.exp()
+    return {
+        "reward": mean((pi * reward).sum(1)),
+        "kl_reference": mean((pi * (log_pi - log_a)).sum(1)),
+        "entropy": mean(torch.special.entr(pi).sum(1)),
+        "recall": mean((p * (pi > p / 10)).sum(1)),
+        "precision": mean((pi * (p > pi / 10)).sum(1)),
+        "to_target": {divergences.label(f): mean(divergences.exact(f, log_pi, log_p)) for f in fs},
+        "to_reference": {divergences.label(f): mean(divergences.exact(f, log_pi, log_a)) for f in fs},
+        "target": {"reward": mean((p * reward).sum(1)), "kl_reference": mean((p * (log_p - log_a)).sum(1))},
+    }
