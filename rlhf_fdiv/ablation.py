@@ -26,6 +26,7 @@ from rlhf_fdiv import config as configs
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.config.checks import STRICT, validate
 from rlhf_fdiv.config.files import read_yaml
+from rlhf_fdiv.divergences import label
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.tracking import MADE_FROM, is_finished, write_atomically
 
@@ -37,8 +38,9 @@ SHARED = ("sft", "reward")
 class Search:
     """For each combination of the grid's keys in `by`, the combination of `values` whose run does best on `metric`.
 
-    `metric` is a path in `evaluate/metrics.json`. `overrides` make the search's runs differ from the cells: validation
-    prompts, another seed. Every combination has the same budget of samples, since each runs as many steps.
+    `metric` is a path in `evaluate/metrics.json`, in which `{divergence}` stands for the run's own f. `overrides` make the
+    search's runs differ from the cells: validation prompts, another seed. Every combination has the same budget of samples,
+    since each runs as many steps.
     """
 
     values: Grid
@@ -53,7 +55,8 @@ class Search:
 class Ablation:
     """What an ablation file holds: `config` is the run that every cell builds on, `grid` maps config keys to values.
 
-    `compare` names, before the runs, the pairs of cells (by the values of `by`) that will be tested against each other.
+    `compare` names, before the runs, the pairs of values of `compare_by` that will be tested against each other, on each
+    figure of `report` (paths in `evaluate/metrics.json`).
     """
 
     name: str
@@ -61,7 +64,9 @@ class Ablation:
     grid: Grid
     search: Search | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
-    compare: list[Annotated[list[Any], MinLen(2)]] = field(default_factory=list)
+    report: list[str] = field(default_factory=lambda: ["policy.objective"])
+    compare: list[tuple[str, str]] = field(default_factory=list)
+    compare_by: str = "divergence"
     output_dir: str = "runs"
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -94,15 +99,24 @@ class Cell:
         return self.config.folder / "failed.txt"
 
     def metric(self, path: str) -> float:
-        """A figure of its evaluation by a dotted path, nan where it was not measurable. Raises UserError for a wrong path."""
+        """A figure of its evaluation by a dotted path, `{divergence}` in it its own f; nan where it was not measurable.
+
+        Raises UserError for a wrong path.
+        """
+        path = path.replace("{divergence}", label(self.config.f))
         value: Any = json.loads((self.config.folder / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
-        for part in path.split("."):
-            if not isinstance(value, dict) or part not in value:
-                known = value if isinstance(value, dict) else ()
+        rest = path
+        while rest:
+            known = value if isinstance(value, dict) else {}
+            found = [key for key in known if f"{rest}.".startswith(f"{key}.")]  # a key may have dots itself
+            if not found:
                 raise UserError(
-                    f"{self.name}: metrics.json has no {path!r}: {part!r} is unknown{did_you_mean(part, known)}"
+                    f"{self.name}: metrics.json has no {path!r}: {rest!r} is unknown{did_you_mean(rest, known)}"
                 )
-            value = value[part]
+            key = max(found, key=len)
+            value, rest = value[key], rest[len(key) + 1 :]
+        if isinstance(value, dict):
+            raise UserError(f"{self.name}: {path!r} is not one figure but {', '.join(value)}")
         return math.nan if value is None else float(value)
 
 
@@ -174,12 +188,12 @@ def choose(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         tried.setdefault(_label({key: cell.values[key] for key in search.by}), []).append(row)
         samples += cell.config.policy.max_steps * cell.config.policy.num_prompts * cell.config.policy.num_generations
     chosen = {}
-    for label, rows in tried.items():
+    for group, rows in tried.items():
         measured = [row for row in rows if row[search.metric] is not None]
         if not measured:
-            raise UserError(f"{ablation.folder}/search: no run for {label} has a {search.metric}")
+            raise UserError(f"{ablation.folder}/search: no run for {group} has a {search.metric}")
         best = max(measured, key=lambda row: sign * row[search.metric])
-        chosen[label] = {key: best[key] for key in search.values}
+        chosen[group] = {key: best[key] for key in search.values}
     text = json.dumps({"samples": samples, "chosen": chosen, "tried": tried}, indent=2)
     write_atomically(ablation.folder / "search.json", text)
     return chosen
@@ -253,7 +267,7 @@ def ablate(path: Path, overrides: list[str], launch: str | None = None, retry: b
     return run_cells(grid_cells(ablation, chosen), launch, retry, ablation.search.metric if ablation.search else "")
 
 
-def report(path: Path, overrides: list[str], metric: str | None = None) -> Path:
+def report(path: Path, overrides: list[str]) -> Path:
     """Compares the finished cells and returns the folder that it wrote into. Raises UserError where there are none."""
     ablation = load(path, overrides)
     chosen = choose(ablation, search_cells(ablation)) if ablation.search else None
@@ -261,14 +275,10 @@ def report(path: Path, overrides: list[str], metric: str | None = None) -> Path:
     finished = [cell.config.folder for cell in cells if cell.state == "finished"]
     if not finished:
         raise UserError(f"{ablation.folder}: no finished cell; run rlhf-fdiv ablate {path}")
-    table = comparison.collect(finished)
-    metric = metric or (ablation.search.metric if ablation.search else "policy.objective")
-    by = ablation.search.by[0] if ablation.search else "divergence"
-    pairs, keys = [tuple(pair) for pair in ablation.compare], list(ablation.grid)
-    claims = comparison.compare(table, keys, by, pairs, metric) if pairs else []
+    table, keys = comparison.collect(finished), list(ablation.grid)
+    claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
     out = ablation.folder / "comparison"
-    open_cells = [cell.name for cell in cells if cell.state != "finished"]
-    comparison.write_comparison(out, table, keys, metric, claims, open_cells)
+    comparison.write_comparison(out, table, keys, claims, [cell.name for cell in cells if cell.state != "finished"])
     return out
 
 

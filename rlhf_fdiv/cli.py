@@ -102,12 +102,11 @@ def ablate(
 def report(
     grid: Annotated[Path, typer.Argument(help="The ablation file whose cells have run.", show_default=False)],
     overrides: Overrides = None,
-    metric: Annotated[str | None, typer.Option(help="A path in metrics.json; by default that of the search.")] = None,
 ) -> None:
     """The finished cells of an ablation side by side: CSV, LaTeX, figures, tests of the pairs that it names."""
     from rlhf_fdiv import ablation
 
-    typer.echo(f"comparison: {ablation.report(grid, overrides or [], metric) / 'comparison.md'}")
+    typer.echo(f"comparison: {ablation.report(grid, overrides or []) / 'comparison.md'}")
 
 
 @app.command("divergences")

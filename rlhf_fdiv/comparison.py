@@ -112,10 +112,10 @@ def compare(table: pd.DataFrame, keys: list[str], key: str, pairs: list[tuple[st
 
     Raises UserError for a value of `key` that no run has, or a metric that none has.
     """
-    for column in (f"config.{key}", metric):
+    for column in (metric, *([f"config.{key}"] if pairs else [])):
         if column not in table:
             raise UserError(f"comparison: no run has {column!r}{did_you_mean(column, table)}")
-    known = set(table[f"config.{key}"])
+    known = set(table[f"config.{key}"]) if pairs else set[str]()
     if unknown := [value for pair in pairs for value in pair if value not in known]:
         raise UserError(*(f"comparison: no run has {key} = {value!r}{did_you_mean(value, known)}" for value in unknown))
     others = setting_columns(table, [k for k in keys if k != key])
@@ -169,35 +169,37 @@ def _claim(first: str, second: str, differences: np.ndarray[Any, Any], p: float,
 
 
 def write_comparison(
-    out: Path, table: pd.DataFrame, keys: list[str], metric: str, claims: list[Claim], missing: list[str]
+    out: Path, table: pd.DataFrame, keys: list[str], claims: dict[str, list[Claim]], missing: list[str]
 ) -> None:
-    """`results.csv`, `results.tex`, `frontier.pdf/.png` and `comparison.md` into `out`."""
+    """`results.csv`, `results.tex`, `frontier.pdf/.png` and `comparison.md` into `out`; `claims` by metric."""
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".results.csv"
     table.to_csv(part, index=False)
     part.replace(out / "results.csv")
     columns = setting_columns(table, keys)
-    summary = settings_table(table, columns, metric)
     curvature = " and ".join(("off", "on")[x] for x in sorted(set(table["unit_curvature"])))
-    write_atomically(out / "results.tex", summary.to_latex(index=False, escape=True, float_format="%.3g", na_rep="--"))
-    rows = [["" if isinstance(x, float) and math.isnan(x) else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row]
-            for row in summary.to_numpy().tolist()]  # fmt: skip
+    tables = {metric: settings_table(table, columns, metric) for metric in claims}
+    latex = (t.to_latex(index=False, escape=True, float_format="%.3g", na_rep="--") for t in tables.values())
+    write_atomically(out / "results.tex", "\n".join(f"% {m}\n{t}" for m, t in zip(tables, latex, strict=True)))
     parts = [
-        f"# {out.resolve().name}",
+        f"# {out.resolve().parent.name}",
         f"{len(table)} runs, {int(table['samples'].sum()):,} samples, {table['seconds'].sum() / 60:.0f} min; commit "
         f"{', '.join(sorted({str(c)[:10] for c in table['git_commit']}))}. Curvature normalisation {curvature}. IQM is the "
-        "interquartile mean over seeds, with its 95 % bootstrap interval from three seeds on.",
+        "interquartile mean over seeds, with its 95 % bootstrap interval from three seeds on; pairs, named before the "
+        "runs, are tested by changes of sign over seeds, with Holm's correction over the pairs of a figure.",
         *(f"No finished run: {name}." for name in missing),
-        "## " + metric + "\n\n" + markdown_table(list(summary), *rows),
     ]
+    for metric, found in claims.items():
+        rows = [list(map(_cell, row)) for row in tables[metric].to_numpy().tolist()]
+        sentences = "\n".join(f"- {claim.sentence}" for claim in found)
+        parts.append(f"## {metric}\n\n{markdown_table(list(tables[metric]), *rows)}\n\n{sentences}".rstrip())
     if _frontier(table, columns, out):
         parts.append("## Reward against KL(π‖reference)\n\n![frontier](frontier.png)")
-    if claims:
-        parts.append(
-            "## Pairs named before the runs\n\nSign-flip tests over seeds, paired by seed, Holm's correction.\n\n"
-            + "\n".join(f"- {claim.sentence}" for claim in claims)
-        )
     write_atomically(out / "comparison.md", "\n\n".join(parts) + "\n")
+
+
+def _cell(x: Any) -> str:
+    return str(x) if not isinstance(x, float) else "–" if math.isnan(x) else f"{x:.4g}"
 
 
 def settings_table(table: pd.DataFrame, columns: list[str], metric: str) -> pd.DataFrame:

@@ -152,6 +152,18 @@ def test_the_choice_is_the_best_that_was_measured(make, tmp_path, best, wanted):
     assert math.isnan(cells[3].metric("a.b"))
     (message,) = problems(cells[0].metric, "a.bb")
     assert "did you mean 'b'" in message
+    (message,) = problems(cells[0].metric, "a")
+    assert "not one figure but b" in message
+
+
+def test_a_metric_may_name_the_runs_own_f_whose_label_has_dots(make):
+    path = make(POLICY, grid={"divergence": [{"name": "alpha", "alpha": 0.3}]})
+    (cell,) = ablation.grid_cells(ablation.load(path))
+    (cell.config.folder / "evaluate").mkdir(parents=True)
+    text = json.dumps({"to": {"alpha(alpha=0.3)": 2.5, "alpha(alpha=0.3).x": {"y": 7}}})
+    (cell.config.folder / "evaluate" / "metrics.json").write_text(text)
+    assert cell.metric("to.{divergence}") == 2.5
+    assert cell.metric("to.{divergence}.x.y") == 7
 
 
 def test_printed_commands_run_the_same_cells(make, tmp_path, call):

@@ -105,7 +105,9 @@ def test_a_wrong_name_is_told_with_the_right_one():
 
 def test_the_report_of_cells_that_ran(make, tmp_path, call):  # noqa: F811
     grid = {"divergence": ["js", {"name": "alpha", "alpha": 0.3}], "target.beta": [0.5, 2.0], "seed": [0, 1, 2]}
-    path = make(POLICY, grid=grid, compare=[["js", "alpha(alpha=0.3)"]])
+    path = make(
+        POLICY, grid=grid, compare=[["js", "alpha(alpha=0.3)"]], report=["policy.objective", "policy.kl_reference"]
+    )
     code, _, err = call("report", str(path))
     assert code == 2
     assert "no finished cell; run rlhf-fdiv ablate" in err
@@ -121,12 +123,13 @@ def test_the_report_of_cells_that_ran(make, tmp_path, call):  # noqa: F811
     text = (folder / "comparison.md").read_text()
     assert "12 runs, 384 samples" in text
     assert "Curvature normalisation off" in text
-    assert "3 seeds); too few seeds for a test to reject." in text
+    assert text.count("3 seeds); too few seeds for a test to reject.") == 2
     setting = results[(results["config.divergence"] == "js") & (results["config.target.beta"] == 2.0)]
-    (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith("| js | 2 |")]
+    row, other = [line.split(" | ") for line in text.splitlines() if line.startswith("| js | 2 |")]
+    assert float(other[2]) == pytest.approx(summarise(setting["policy.kl_reference"].to_numpy()).iqm, rel=1e-3)
     assert float(row[2]) == pytest.approx(summarise(setting["policy.objective"].to_numpy()).iqm, rel=1e-3)
     assert float(row[6]) == pytest.approx(setting["policy.kl_reference"].mean(), rel=1e-3)
-    assert (folder / "results.tex").read_text().count("\\\\") == 5
+    assert (folder / "results.tex").read_text().count("\\\\") == 2 * 5
     assert (folder / "frontier.png").is_file()
     assert (folder / "frontier.pdf").is_file()
 

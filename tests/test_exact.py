@@ -1,0 +1,75 @@
+"""Every text of a language: its log-probs, and figures without an estimate against those of samples."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from toy import EOS, LENGTH, PROMPTS, TEXTS, VOCAB, exact_log_probs, language
+
+from rlhf_fdiv import assets, metrics
+from rlhf_fdiv.config import load
+
+
+def test_all_texts_are_those_of_the_language_once_each():
+    assert sorted(metrics.all_texts(VOCAB, EOS, LENGTH)) == sorted(TEXTS)
+    assert len(metrics.all_texts(6, 1, 5)) == 3906
+
+
+def test_too_many_texts_are_refused_with_their_number():
+    with pytest.raises(ValueError, match="cannot be enumerated"):
+        metrics.all_texts(50_000, 0, 2)
+
+
+def test_their_log_probs_are_those_of_the_policy():
+    _, policy, *_ = language()
+    texts = metrics.all_texts(VOCAB, EOS, LENGTH)
+    found = metrics.log_probs_of_all(policy.lm, PROMPTS, texts, 50)
+    order = [texts.index(text) for text in TEXTS]
+    assert torch.allclose(found[:, order], exact_log_probs(policy), atol=1e-9)
+
+
+def test_recall_and_precision_by_hand():
+    log = lambda *x: torch.tensor([x], dtype=torch.float64).log()  # noqa: E731
+    pi, a, p = log(0.9, 0.08, 0.02), log(0.5, 0.25, 0.25), log(0.3, 0.0, 0.7)
+    found = metrics.exact_report([], pi, a, p, torch.tensor([[1.0, 0.0, 2.0]]))
+    assert found["recall"] == pytest.approx(0.3), "π is a thirty-fifth of p on the third text"
+    assert found["precision"] == pytest.approx(0.92)
+    assert found["reward"] == pytest.approx(0.94)
+    assert found["target"]["reward"] == pytest.approx(1.7)
+    assert found["kl_reference"] == pytest.approx(0.9 * math.log(1.8) + 0.08 * math.log(0.32) + 0.02 * math.log(0.08))
+
+
+def test_the_toys_reward_has_its_modes():
+    assert assets.toy_reward([], ["a b a b", "c c d d", "d b c a", "a b a b a", ""]) == [1.0, 0.9, 0.8, 0.8, 0.0]
+
+
+def test_a_toy_run_measures_without_an_estimate_what_its_samples_estimate(tmp_path):
+    """Twelve steps; estimates are within four standard errors, and the divergences agree with the objective."""
+    out = tiny.run("configs/toy.yaml", "policy.max_steps=12", "policy.save_steps=12", f"output_dir={tmp_path}",
+                   "evaluate.num_generations=256")  # fmt: skip
+    report = json.loads((out.path / "evaluate" / "metrics.json").read_text())
+    exact, policy = report["exact"], report["policy"]
+    beta = load("configs/toy.yaml").beta
+    for name, value in (("modes", exact["reward"]), ("kl_reference", exact["kl_reference"])):
+        assert policy[name] == pytest.approx(value, abs=4 * policy[f"{name}_se"])
+    for side, known in (("reference", exact["to_reference"]), ("target", exact["to_target"])):
+        for f, measured in report[f"divergence_to_{side}"].items():
+            if not measured["reason"]:
+                assert measured["value"] == pytest.approx(known[f], abs=4 * measured["standard_error"]), (side, f)
+    assert exact["objective"] == pytest.approx(exact["reward"] - beta * exact["kl_reference"])
+    gap = exact["target"]["reward"] - beta * exact["target"]["kl_reference"] - exact["objective"]
+    assert gap == pytest.approx(beta * exact["to_target"]["reverse_kl"], abs=1e-5), "E[r] − β·KL is β·(log Z − KL(π‖p))"
+
+
+def test_what_cannot_be_enumerated_is_said(start, data, tmp_path):
+    raw = tiny.raw_config(start, data, tmp_path / "runs") | {"stages": ["policy", "evaluate"], "report_to": "none"}
+    raw["scorers"] = {"praise": {"name": "pattern", "pattern": tiny.PATTERN}}
+    raw["target"] = {"name": "tilted", "reward": "praise"}
+    raw["evaluate"]["exact"] = True
+    raw["policy"]["max_steps"] = 1
+    path = tiny.write_config(tmp_path / "run.yaml", raw)
+    (message,) = tiny.problems(tiny.run, path)
+    assert message.startswith("evaluate.exact: ")
+    assert "cannot be enumerated" in message
