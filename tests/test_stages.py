@@ -1091,6 +1091,16 @@ def test_gdc_moves_the_moment_to_its_goal(policy):
     assert abs(after - 0.8) < 0.05 + 3 * report["policy"]["praise_se"]
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "js"])
+def test_lambda_that_follows_the_policy_finds_its_moment_from_a_wrong_start(policy, name):
+    """λ = 0 asks for no change at all; only the ascent can take the policy to its goal."""
+    goal = "target={name: moments, moments: {praise: .8}, lambdas: {praise: 0}, dual_learning_rate: .1}"
+    out = policy(*LEARN[:-1], goal, f"divergence={name}", "policy.max_steps=120", "evaluate.num_generations=100")
+    report = json.loads((out.parent / "evaluate" / "metrics.json").read_text())["policy"]
+    assert abs(report["praise"] - 0.8) < 0.05 + 3 * report["praise_se"]
+    assert jsonl(out / "metrics.jsonl")[-1]["lambda_praise"] > 0.5
+
+
 # -- 10. two processes -------------------------------------------------------------------------------------------------
 
 
