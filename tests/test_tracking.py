@@ -197,8 +197,9 @@ def test_the_manifest_needs_no_git(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_reuse_finds_a_stage_made_with_the_same_sections_whatever_else_differs(run, stage):
+    """The seed too: policies of several seeds start from one SFT model."""
     other = finish(run(), "sft", "reward")
-    mine = run("name=y", f"reuse={other.path}", "policy.max_steps=3", "divergence=js", "evaluate.samples=1")
+    mine = run("name=y", f"reuse={other.path}", "policy.max_steps=3", "divergence=js", "evaluate.samples=1", "seed=3")
     assert mine.find(stage) == other.stage(stage)
     finish(mine, stage)
     assert mine.find(stage) == mine.stage(stage)
@@ -207,8 +208,8 @@ def test_reuse_finds_a_stage_made_with_the_same_sections_whatever_else_differs(r
 @pytest.mark.parametrize(
     ("stage", "change"),
     [
-        ("sft", "sft.max_steps=3"), ("sft", "seed=3"), ("sft", "model.dtype=float64"),
-        ("sft", "data.sft_train=o.jsonl"), ("reward", "reward.l2=3"), ("reward", "seed=3"),
+        ("sft", "sft.max_steps=3"), ("sft", "model.dtype=float64"),
+        ("sft", "data.sft_train=o.jsonl"), ("reward", "reward.l2=3"),
         ("reward", "model.name_or_path=n"), ("reward", "data.preferences_train=o.jsonl"),
     ],
 )  # fmt: skip
