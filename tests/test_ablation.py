@@ -12,7 +12,7 @@ import tiny
 import yaml
 from tiny import problems, write_config
 
-from rlhf_fdiv import ablation
+from rlhf_fdiv import ablation, grid
 from rlhf_fdiv.config.files import read_yaml
 
 
@@ -62,8 +62,8 @@ def test_every_combination_is_an_ordinary_run_folder_and_shared_stages_run_once(
 
 def test_shared_stages_run_once_for_each_value_that_they_depend_on(make):
     path = make(grid={"sft.learning_rate": [1e-2, 1e-3], "divergence": ["js", "tv"], "seed": [0, 1]})
-    ab = ablation.load(path)
-    shared, cells = ablation.shared_cells(ab), ablation.grid_cells(ab)
+    ab = grid.load(path)
+    shared, cells = grid.shared_cells(ab), grid.grid_cells(ab)
     assert [c.name for c in shared] == ["learning_rate=0.01", "learning_rate=0.001"]
     assert {c.config.seed for c in shared} == {0}
     assert len(cells) == 8
@@ -141,14 +141,14 @@ def test_the_search_takes_the_best_of_each_f_on_its_own_runs_and_says_what_it_co
 def test_the_choice_is_the_best_that_was_measured(make, tmp_path, best, wanted):
     path = make(POLICY, grid={"divergence": ["js"]},
                 search={"values": {"policy.learning_rate": [1, 2, 3, 4]}, "metric": "a.b", "best": best})  # fmt: skip
-    ab = ablation.load(path)
-    cells = ablation.search_cells(ab)
+    ab = grid.load(path)
+    cells = grid.search_cells(ab)
     for cell, value in zip(cells, [0.5, 0.9, 0.1, None], strict=True):
         for stage in cell.config.stages:
             (cell.config.folder / stage).mkdir(parents=True)
             (cell.config.folder / stage / "finished.json").write_text("{}")
         (cell.config.folder / "evaluate" / "metrics.json").write_text(json.dumps({"a": {"b": value}}))
-    assert ablation.choose(ab, cells) == {"js": {"policy.learning_rate": wanted}}
+    assert grid.choose(ab, cells) == {"js": {"policy.learning_rate": wanted}}
     assert math.isnan(cells[3].metric("a.b"))
     (message,) = problems(cells[0].metric, "a.bb")
     assert "did you mean 'b'" in message
@@ -158,7 +158,7 @@ def test_the_choice_is_the_best_that_was_measured(make, tmp_path, best, wanted):
 
 def test_a_metric_may_name_the_runs_own_f_whose_label_has_dots(make):
     path = make(POLICY, grid={"divergence": [{"name": "alpha", "alpha": 0.3}]})
-    (cell,) = ablation.grid_cells(ablation.load(path))
+    (cell,) = grid.grid_cells(grid.load(path))
     (cell.config.folder / "evaluate").mkdir(parents=True)
     text = json.dumps({"to": {"alpha(alpha=0.3)": 2.5, "alpha(alpha=0.3).x": {"y": 7}}})
     (cell.config.folder / "evaluate" / "metrics.json").write_text(text)
@@ -197,8 +197,8 @@ def test_a_launcher_runs_each_cell_in_processes_of_its_own(make, tmp_path, call)
 
 
 def test_overrides_reach_every_cell(make):
-    ab = ablation.load(make(POLICY, grid={"divergence": ["js", "tv"]}), ["policy.max_steps=7", "model.dtype=bfloat16"])
-    assert {(c.config.policy.max_steps, c.config.model.dtype) for c in ablation.grid_cells(ab)} == {(7, "bfloat16")}
+    ab = grid.load(make(POLICY, grid={"divergence": ["js", "tv"]}), ["policy.max_steps=7", "model.dtype=bfloat16"])
+    assert {(c.config.policy.max_steps, c.config.model.dtype) for c in grid.grid_cells(ab)} == {(7, "bfloat16")}
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ ORDER = (
     "plots",
     "report",
     "comparison",
+    "grid",
     "stages",
     "ablation",
     "verify",
