@@ -132,7 +132,7 @@ def compare(table: pd.DataFrame, keys: list[str], key: str, pairs: list[tuple[st
 
 
 def _sign_flip(differences: np.ndarray[Any, Any], pairs: int) -> float:
-    """Two-sided p of the mean under all changes of sign, or 100,000 random ones; nan where its smallest possible value could not reject."""
+    """Two-sided p of the mean under all changes of sign, or 100,000 random ones; nan where no such p could reject."""
     if 2.0 ** (1 - len(differences)) > LEVEL / pairs:
         return math.nan
     exact = min(2 ** len(differences), 100_000)
