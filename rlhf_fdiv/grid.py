@@ -22,7 +22,7 @@ from rlhf_fdiv.config.checks import STRICT, validate
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.divergences import label
 from rlhf_fdiv.errors import UserError, did_you_mean
-from rlhf_fdiv.tracking import MADE_FROM, is_finished, write_atomically
+from rlhf_fdiv.tracking import MADE_FROM, RunFolder, is_finished, touches, write_atomically
 
 Grid = dict[str, Annotated[list[Any], MinLen(1)]]
 SHARED = ("sft", "reward")
@@ -82,9 +82,10 @@ class Cell:
 
     @property
     def state(self) -> str:
-        """finished, failed or open."""
+        """finished, failed or open. Raises UserError where the folder holds a finished run of another config."""
         own = [stage for stage in self.config.stages if not (self.config.reuse and stage in SHARED)]
         if all(is_finished(self.config.folder / stage) for stage in own):
+            RunFolder(self.config).require_same_config()
             return "finished"
         return "failed" if self.failure.is_file() else "open"
 
@@ -124,13 +125,10 @@ def load(path: Path, overrides: list[str] | None = None) -> Ablation:
         raise UserError(
             *(f"{path}: search.by: {k!r} is not a key of the grid{did_you_mean(k, ablation.grid)}" for k in unknown)
         )
-    more = dict(word.split("=", 1) for word in overrides or [])
-    return replace(
-        ablation,
-        config=str(path.parent / ablation.config),
-        overrides=ablation.overrides
-        | {key: configs.files.with_overrides({}, [f"x={v}"])["x"] for key, v in more.items()},
-    )
+    configs.files.with_overrides({}, overrides or [])  # where one is none, this says so
+    pairs = (word.split("=", 1) for word in overrides or [])
+    more = {key: configs.files.with_overrides({}, [f"value={value}"])["value"] for key, value in pairs}
+    return replace(ablation, config=str(path.parent / ablation.config), overrides=ablation.overrides | more)
 
 
 def shared_keys(ablation: Ablation) -> list[str] | None:
@@ -140,9 +138,7 @@ def shared_keys(ablation: Ablation) -> list[str] | None:
     if config.reuse or not stages:
         return None
     made_from = {key for stage in stages for key in MADE_FROM[stage]} - {"seed"}
-    keys = [
-        k for k in ablation.grid if any(f"{k}.".startswith(f"{m}.") or f"{m}.".startswith(f"{k}.") for m in made_from)
-    ]
+    keys = [key for key in ablation.grid if touches(key, made_from)]
     if ablation.search and (left_out := [key for key in keys if key not in ablation.search.by]):
         raise UserError(
             f"{ablation.name}: search.by: must hold {', '.join(left_out)}, on which SFT or reward model depend"

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,13 @@ MADE_FROM = {  # the keys that what a stage makes depends on
 
 def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any], but_for: str = "") -> str:
     """Where two configs differ in what a stage is made from, in words."""
-    keys = [f"{key}." for key in MADE_FROM.get(stage, ()) if key != but_for]
+    keys = [key for key in MADE_FROM.get(stage, ()) if key != but_for]
+    return "; ".join(line for line in differences(old, new) if touches(line.partition(":")[0], keys))
 
-    def matters(line: str) -> bool:
-        at = f"{line.partition(':')[0]}."
-        return any(at.startswith(key) or key.startswith(at) for key in keys)
 
-    return "; ".join(filter(matters, differences(old, new)))
+def touches(key: str, others: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the others, lies in one or holds one."""
+    return any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in others)
 
 
 class RunFolder:
@@ -57,20 +57,25 @@ class RunFolder:
         keep a stage that was made with another config.
         """
         written = self.path / "resolved_config.yaml"
-        if written.is_file():
-            old, new = read_yaml(written), to_dict(self.config)
-            if self.config.resume is not None:
-                self._set_aside(self.config.resume, old, new)
-            elif changed := differences(old, new, ignore=_FREE_KEYS):
-                raise UserError(
-                    f"{self.path}: holds a run with another config ({'; '.join(changed)}). Give it a new name=…, "
-                    "or resume=STAGE to run again from that stage on; what is there is kept aside"
-                )
+        if written.is_file() and self.config.resume is not None:
+            self._set_aside(self.config.resume, read_yaml(written), to_dict(self.config))
+        else:
+            self.require_same_config()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made: {error}") from error
         write_atomically(written, dump(dataclasses.replace(self.config, resume=None)))
+
+    def require_same_config(self) -> None:
+        """Raises UserError, naming each change, where the folder holds a run with another config."""
+        written = self.path / "resolved_config.yaml"
+        old = read_yaml(written) if written.is_file() else to_dict(self.config)
+        if changed := differences(old, to_dict(self.config), ignore=_FREE_KEYS):
+            raise UserError(
+                f"{self.path}: holds a run with another config ({'; '.join(changed)}). Give it a new name=…, "
+                "or resume=STAGE to run again from that stage on; what is there is kept aside"
+            )
 
     def _set_aside(self, resume: str, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Renames the stages from `resume` on; those before it must be as they would be made now."""

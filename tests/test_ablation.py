@@ -60,6 +60,20 @@ def test_every_combination_is_an_ordinary_run_folder_and_shared_stages_run_once(
     assert (runs / "js-beta=0.5-seed=0" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_cell_that_finished_with_another_config_is_named_and_not_taken_for_this_one(make, call):
+    grid = {"divergence": ["js"]}
+    assert call("ablate", str(make(POLICY, grid=grid)))[0] == 0
+    path = make(POLICY | {"seed": 5}, grid={"divergence": ["tv", "js"]})
+    for command in ("ablate", "report"):
+        code, out, err = call(command, str(path))
+        assert code == 2, out
+        assert "holds a run with another config (seed: 0 → 5)" in err
+
+
+def test_an_override_that_is_none_is_told(make):
+    assert "write key=value" in problems(grid.load, make(POLICY, grid={"seed": [0]}), ["policy.max_steps"])[0]
+
+
 def test_shared_stages_run_once_for_each_value_that_they_depend_on(make):
     path = make(grid={"sft.learning_rate": [1e-2, 1e-3], "divergence": ["js", "tv"], "seed": [0, 1]})
     ab = grid.load(path)

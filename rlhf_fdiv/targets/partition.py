@@ -16,9 +16,10 @@ class LogPartition:
     A visit weighs as much as the policy covers of the reference: the mean of a/π_old, which is 1 for full support, over all
     completions of the step before (so that weight and estimate are independent given the policy). A policy that has
     collapsed knows of no Z but its own, and must not overrule what was seen earlier. Weights add up to at most `horizon`,
-    beyond which older visits fade. A prompt is its row number
-    in the prompt data; the state goes into the checkpoint. At most `capacity` prompts are kept, those visited last.
-    Samples of the reference (`warm_start`) do not fade: they weigh as many as they are.
+    beyond which older visits fade; samples of the reference (`warm_start`) do not fade, and weigh as many as they are.
+
+    A prompt is its row number in the prompt data; at most `capacity` prompts are kept, those visited last. The state goes
+    into the checkpoint. The first estimate of an unseen prompt is that of its own batch.
     """
 
     def __init__(self, horizon: int = 50, capacity: int = 1_000_000) -> None:
