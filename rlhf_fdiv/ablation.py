@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import subprocess
 import time
 import traceback
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from rlhf_fdiv import comparison
 from rlhf_fdiv import config as configs
+from rlhf_fdiv.board import Board
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.grid import Cell, choose, grid_cells, load, search_cells, shared_cells
 from rlhf_fdiv.tracking import write_atomically
 
 
-def ablate(path: Path, overrides: list[str], launch: str | None = None, retry: bool = False) -> bool:
+@dataclass(frozen=True)
+class How:
+    """`jobs` cells at a time, each started by the launcher `launch` or, as AutoExecutor's `submitit` options, by a scheduler;
+    with `retry` also those that failed before."""
+
+    jobs: int = 1
+    launch: str | None = None
+    retry: bool = False
+    submitit: dict[str, Any] | None = None
+
+
+def ablate(path: Path, overrides: list[str], how: How = How()) -> bool:
     """Runs what is not finished: shared stages, then the search, then the cells. True where all of them are finished.
 
-    A cell that fails is named, keeps its traceback in `failed.txt` and is not tried again without `retry`; the rest goes on.
+    A cell that fails is named, keeps its traceback in `failed.txt` and waits for `how.retry`; the rest goes on.
     """
     ablation = load(path, overrides)
     grid_cells(ablation)  # every mistake is told before anything runs
     chosen = None
-    if not run_cells(shared_cells(ablation), launch, retry, ""):
+    if not run_cells(shared_cells(ablation), "", how):
         return False
     if ablation.search is not None:
         searched = search_cells(ablation)
-        run_cells(searched, launch, retry, ablation.search.metric)
+        run_cells(searched, ablation.search.metric, how)
         chosen = choose(ablation, searched)
-    return run_cells(grid_cells(ablation, chosen), launch, retry, ablation.search.metric if ablation.search else "")
+    return run_cells(
+        grid_cells(ablation, chosen), ablation.search.metric if ablation.search else ablation.report[0], how
+    )
 
 
 def report(path: Path, overrides: list[str]) -> Path:
@@ -64,27 +84,73 @@ def commands(path: Path, overrides: list[str], launch: str | None = None) -> lis
     return [shlex.join(_command(cell, launch)) for cell in cells]
 
 
-def run_cells(cells: list[Cell], launch: str | None, retry: bool, metric: str) -> bool:
-    """Runs those that are open, one after the other, with a line for each; True where all are finished in the end."""
-    open_cells = [cell for cell in cells if cell.state == "open" or (retry and cell.state == "failed")]
-    failed = [cell for cell in cells if cell.state == "failed" and not retry]
-    began = time.monotonic()
-    for i, cell in enumerate(open_cells, 1):
-        started = time.monotonic()
-        _run_cell(cell, launch)
-        seconds = time.monotonic() - started
-        left = (time.monotonic() - began) / i * (len(open_cells) - i) / 60
-        if cell.state == "finished":
-            result = f"{metric} {cell.metric(metric):.4g}" if metric else "done"
-        else:
-            result = f"FAILED, {cell.failure}: {cell.failure.read_text(encoding='utf-8').strip().splitlines()[-1]}"
-            failed.append(cell)
-        print(f"[{i}/{len(open_cells)}] {cell.name}  {result}  {seconds:.1f} s, {left:.0f} min left", flush=True)
-    if failed:
+def run_cells(cells: list[Cell], metric: str, how: How) -> bool:
+    """Runs those that are open, `how.jobs` at a time; True where all are finished in the end."""
+    waiting = [cell for cell in cells if cell.state == "open" or (how.retry and cell.state == "failed")]
+    running: dict[Any, Cell] = {}
+    pool = None
+    with Board(list(waiting), metric) as board:
+        while waiting or running:
+            pool = pool or _executor(how)
+            while waiting and len(running) < how.jobs:
+                cell = waiting.pop(0)
+                board.started(cell)
+                running[pool.submit(_run_cell, cell, how.launch)] = cell
+            for future in [f for f in running if f.done()]:
+                cell = running.pop(future)
+                if (error := future.exception()) is not None:  # not of the cell, whose own end in failed.txt
+                    cell.failure.write_text(f"its process ended: {error!r}\n", encoding="utf-8")
+                    pool = None if isinstance(error, BrokenProcessPool) else pool
+                board.ended(cell)
+            time.sleep(0.02)
+    if hasattr(pool, "shutdown"):
+        pool.shutdown()
+    if failed := [cell for cell in cells if cell.state != "finished"]:
         print(
             f"{len(failed)} of {len(cells)} failed; run them again with --retry: " + ", ".join(c.name for c in failed)
         )
     return not failed
+
+
+def _executor(how: How) -> Any:
+    """Where cells run: here, in `jobs` processes that each keep what they have loaded, or wherever a scheduler puts them."""
+    if how.submitit is not None:
+        return _submitit(how.submitit)
+    if how.jobs == 1:
+        return _Here()
+    if how.launch is not None:
+        return ThreadPoolExecutor(how.jobs)
+    threads = max(1, (os.cpu_count() or 1) // how.jobs)
+    return ProcessPoolExecutor(how.jobs, get_context("spawn"), initializer=_limit_threads, initargs=(threads,))
+
+
+class _Here:
+    """An executor whose calls have ended when `submit` returns: what stops them, such as Ctrl-C, stops the grid."""
+
+    def submit(self, call: Any, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(call(*args))
+        return future
+
+
+def _limit_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _submitit(options: dict[str, Any]) -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--submitit: needs the package: pip install submitit") from error
+    own = {"folder": "runs/submitit", "cluster": None}
+    try:
+        executor = submitit.AutoExecutor(**{key: options.get(key, value) for key, value in own.items()})
+        executor.update_parameters(**{key: value for key, value in options.items() if key not in own})
+    except (TypeError, NameError, ValueError) as error:
+        raise UserError(f"--submitit: {error}") from error
+    return executor
 
 
 def _run_cell(cell: Cell, launch: str | None) -> None:

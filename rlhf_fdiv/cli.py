@@ -84,6 +84,12 @@ def ablate(
     launch: Annotated[
         str | None, typer.Option(help='Run each cell by this launcher, for example "accelerate launch".')
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Cells at a time, each in a process that shares the cores.", min=1)
+    ] = None,
+    submitit: Annotated[
+        list[str] | None, typer.Option(help="Submit each cell by submitit: its options as key=value; may be repeated.")
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
     print_commands: Annotated[
         bool, typer.Option("--print-commands", help="Print a command for each run that can start now, and stop.")
@@ -91,10 +97,14 @@ def ablate(
 ) -> None:
     """A grid of runs over any config keys; finished cells are skipped, failed ones named."""
     from rlhf_fdiv import ablation
+    from rlhf_fdiv.config.files import with_overrides
 
     if print_commands:
         typer.echo("".join(f"{line}\n" for line in ablation.commands(grid, overrides or [], launch)), nl=False)
-    elif not ablation.ablate(grid, overrides or [], launch, retry):
+        return
+    options = with_overrides({}, submitit) if submitit else None
+    how = ablation.How(jobs or (1000 if submitit else 1), launch, retry, options)
+    if not ablation.ablate(grid, overrides or [], how):
         raise typer.Exit(1)
 
 

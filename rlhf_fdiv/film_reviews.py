@@ -8,7 +8,8 @@ cache at run time, never committed or passed on.
 `film` is the source's name of a film, `rating` a mean score in -4…4. Completions, `chosen` and `rejected` begin with a
 blank. `chosen` is what most pairs of raters score higher, `preference` their share (a tie counts half), `margin` the
 difference of the ratings. Within a `round` no text recurs, over the rounds no pair. preferences_train is of one half of
-the training films, gold_train of the other, the eval files of held-out films; sha256 alone decides split and order.
+the training films, gold_train of the other, the eval files of held-out films; prompts_valid, for a choice of learning
+rates, is of some of the training films, prompts_fit of the rest. sha256 alone decides split and order.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from urllib.parse import unquote
 
 from rlhf_fdiv import assets
 
-SNIPPETS, FILMS, HELD_OUT, ROUNDS = 10_451, 507, 54, 3
+SNIPPETS, FILMS, HELD_OUT, VALID, ROUNDS = 10_451, 507, 54, 54, 3
 LETTER = re.compile(r"[^\W_]")
 TITLE_GAP = r"[ '’\-&:,.!?*]{0,3}"  # what may stand between two letters of a title in running text
 SMALL_WORD = re.compile("an?|and|as|at|by|for|from|in|of|on|or|the|to|with")
@@ -46,7 +47,7 @@ class Review(NamedTuple):
 
 def build() -> Path:
     """The folder with the data set's JSONL files and README, made once in the cache; other content needs another v."""
-    return assets.build_once(assets.cache_dir() / "film_reviews-v1", _write)
+    return assets.build_once(assets.cache_dir() / "film_reviews-v2", _write)
 
 
 def join(rated: Sequence[tuple[str, tuple[int, ...]]], corpus: Sequence[tuple[str, str]]) -> list[Review]:
@@ -148,6 +149,12 @@ def tables(reviews: Iterable[Review], titles: dict[str, str], held_out: int = HE
     training = hash_order(reward + gold, "training")
     prompt = {film: f"Movie: {titles[film]}\nReview:" for film in of_film}
 
+    def prompts(films: Sequence[str]) -> list[Row]:
+        return [{"prompt": prompt[film], "film": film} for film in films]
+
+    def with_references(films: Sequence[str]) -> list[Row]:
+        return [row | {"references": [r.text for r in of_film[row["film"]]]} for row in prompts(films)]
+
     def texts(films: Sequence[str]) -> list[Review]:
         return hash_order((r for film in films for r in of_film[film]), "sft")
 
@@ -163,8 +170,10 @@ def tables(reviews: Iterable[Review], titles: dict[str, str], held_out: int = HE
     return {
         "sft_train": sft(training),
         "sft_eval": sft(held),
-        "prompts_train": [{"prompt": prompt[f], "film": f} for f in training],
-        "prompts_eval": [{"prompt": prompt[f], "film": f, "references": [r.text for r in of_film[f]]} for f in held],
+        "prompts_train": prompts(training),
+        "prompts_fit": prompts(training[VALID:]),
+        "prompts_valid": with_references(training[:VALID]),
+        "prompts_eval": with_references(held),
         "preferences_train": pairs(reward, ROUNDS),
         "preferences_all_train": pairs(training, 1),
         "preferences_eval": pairs(held, 1),

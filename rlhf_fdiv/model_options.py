@@ -21,9 +21,24 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """`name_or_path`: a folder, a hub name, or `smollm2-135m`, which comes from the package registry."""
+    """`name_or_path`: a folder, a hub name, or `smollm2-135m`, which comes from the package registry. `dtype: auto` is
+    bfloat16 where this machine multiplies it fast, else float32; from there on the run is of that dtype."""
 
     name_or_path: Annotated[str, MinLen(1)]
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     lora: LoraOptions | None = None
     attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", "bfloat16" if _fast_bfloat16() else "float32")
+
+
+def _fast_bfloat16() -> bool:
+    """On a GPU, or a CPU with instructions for it: one without takes eight times as long as in float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 and later
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -53,7 +53,7 @@ def test_every_combination_is_an_ordinary_run_folder_and_shared_stages_run_once(
     config = resolved(runs / "alpha-alpha=0.3-beta=1.0-seed=1")
     assert config["divergence"] == {"name": "alpha", "alpha": 0.3}
     assert (config["target"]["beta"], config["seed"]) == (1.0, 1)
-    assert out.count("done") == 9
+    assert (out.count("  done  "), out.count("  policy.objective ")) == (1, 8)
     assert "[8/8]" in out
     before = (runs / "js-beta=0.5-seed=0" / "manifest.json").stat().st_mtime_ns
     assert call("ablate", str(path)) == (0, "", "")

@@ -40,13 +40,23 @@ def exact_report(fs: list[Divergence], log_pi: Tensor, log_a: Tensor, log_p: Ten
     """Divergences of π to target and reference, means over prompts in nats; log-probs and reward of every text, [P, N].
 
     `recall` is the share of the target that the policy covers, the mass p of texts with π > p/10; `precision` the share of
-    the policy that the target covers, the mass π of texts with p > π/10.
+    the policy that the target covers, the mass π of texts with p > π/10. `frontier` is the most reward that any policy can
+    have at its KL to the reference: a·exp(r/β) for β from a thirtieth of the reward's spread to thirty times it.
     """
 
     def mean(x: Tensor) -> float:
         return float(x.mean())
 
+    def tilted(beta: float) -> dict[str, float]:
+        log_q = (log_a + reward / beta).log_softmax(1)
+        return {
+            "beta": beta,
+            "reward": mean((log_q.exp() * reward).sum(1)),
+            "kl_reference": mean((log_q.exp() * (log_q - log_a)).sum(1)),
+        }
+
     pi, p = log_pi.exp(), log_p.exp()
+    bounded = bool(reward.isfinite().all()) and float(reward.std()) > 0
     return {
         "reward": mean((pi * reward).sum(1)),
         "kl_reference": mean((pi * (log_pi - log_a)).sum(1)),
@@ -56,4 +66,7 @@ def exact_report(fs: list[Divergence], log_pi: Tensor, log_a: Tensor, log_p: Ten
         "to_target": {divergences.label(f): mean(divergences.exact(f, log_pi, log_p)) for f in fs},
         "to_reference": {divergences.label(f): mean(divergences.exact(f, log_pi, log_a)) for f in fs},
         "target": {"reward": mean((p * reward).sum(1)), "kl_reference": mean((p * (log_p - log_a)).sum(1))},
+        "frontier": [tilted(float(reward.std()) * x) for x in torch.logspace(-1.5, 1.5, 25).tolist()]
+        if bounded
+        else [],
     }

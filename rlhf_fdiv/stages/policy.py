@@ -42,7 +42,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
     # load
     start = starting_model(config, folder)
-    specs = resolve_scorers(config, folder, config.target.scorers)
+    specs = resolve_scorers(config, folder, (*config.target.scorers, *options.logged_scorers))
     accelerator = launch("policy.num_prompts", options.num_prompts)
     set_seed(config.seed)
     tokenizer = load_tokenizer(start)
@@ -54,6 +54,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     training = Training(policy, options, out, accelerator, config.report_to, log_partition=log_partition)
     reference.to(accelerator.device)
     scorers = Scorers(specs, accelerator.device)
+    scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
 
     def rollout(
         step: int, prompts: list[int], num_generations: int, lm: torch.nn.Module, reference_share: float = 0.0
@@ -99,7 +100,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
         # score
         with training.keeping(step, texts):
-            scores = scorers(list(target.scorers), **texts)
+            scores = scorers(scored, **texts)
             potential = dual.target.potential(scores).to(accelerator.device)
         log_a = reference.log_probs(batch.sequences)
         if options.reference_share:

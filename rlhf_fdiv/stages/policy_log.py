@@ -26,6 +26,9 @@ class Log:
 
     def __init__(self, config: RunConfig, training: Training, eos_token_id: int) -> None:
         self.config, self.training, self.eos_token_id = config, training, eos_token_id
+        self.measured = {
+            divergences.label(f): f for f in map(divergences.get, [config.divergence, *config.evaluate.divergences])
+        }
         self.completions: list[dict[str, Any]] = []
         self.first_objective: float | None = None
 
@@ -57,16 +60,19 @@ class Log:
             figures["ess_importance"] = float(effective_sample_size(weights.log()))
             figures["clipped_importance"] = float((weights >= self.config.policy.max_importance_weight).float().mean())
         drawn = own.bool()
-        groups, divergence = (torch.arange(len(whole)) // k)[drawn.cpu()], math.nan
+        groups, to_target = (torch.arange(len(whole)) // k)[drawn.cpu()], dict.fromkeys(self.measured, math.nan)
         if len(groups) >= 2:  # of a large reference_share the policy may have drawn none
-            divergence = divergences.estimate(self.config.f, log_pi[drawn], log_p[drawn], groups).value
+            log_pi_own, log_p_own = log_pi[drawn], log_p[drawn]
+            to_target = {
+                n: divergences.estimate(f, log_pi_own, log_p_own, groups).value for n, f in self.measured.items()
+            }
         log_pi, log_ref, potential, log_z, entropy, lengths, finished, _, _, *score_columns = whole[drawn].unbind(1)
         kl = float((log_pi - log_ref).mean())
         values = {
             "objective": self.config.beta * (float(potential.mean()) - kl),
             **{name: float(column.mean()) for name, column in zip(scores, score_columns, strict=True)},
             "kl_reference": kl,
-            "divergence_target": divergence,
+            "divergence_target": next(iter(to_target.values())),  # of the run's own f
             "log_z": float(log_z.mean()),
             "ess_log_z": float(ess.mean()),
             "out_of_support": float((potential == -math.inf).float().mean()),
@@ -74,6 +80,7 @@ class Log:
             "length": float(lengths.mean()),
             "finished": float(finished.mean()),
             **figures,
+            **{f"to_target.{name}": value for name, value in to_target.items()},
             "tokens": float(lengths.sum()),
         }
         rows = [
