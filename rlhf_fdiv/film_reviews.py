@@ -7,8 +7,8 @@ cache at run time, never committed or passed on.
 
 `film` is the source's name of a film, `rating` a mean score in -4…4. Completions, `chosen` and `rejected` begin with a
 blank. `chosen` is what most pairs of raters score higher, `preference` their share (a tie counts half), `margin` the
-difference of the ratings. Within a `round` no text recurs, over the rounds no pair. preferences_train is of one half of
-the training films, gold_train of the other, the eval files of held-out films; prompts_valid, for a choice of learning
+difference of the ratings. Within a `round` no text recurs, over the rounds no pair. preferences_train and
+ratings_train are of one half of the training films, gold_train of the other, the eval files of held-out films; prompts_valid, for a choice of learning
 rates, is of some of the training films, prompts_fit of the rest. sha256 alone decides split and order.
 """
 
@@ -164,6 +164,9 @@ def tables(reviews: Iterable[Review], titles: dict[str, str], held_out: int = HE
             for r in texts(films)
         ]
 
+    def ratings(films: Sequence[str]) -> list[Row]:
+        return [{"text": r.text, "rating": r.rating, "film": r.film} for r in texts(films)]
+
     def pairs(films: Sequence[str], rounds: int) -> list[Row]:
         return [row for film in films for row in preferences(of_film[film], prompt[film], rounds)]
 
@@ -177,7 +180,8 @@ def tables(reviews: Iterable[Review], titles: dict[str, str], held_out: int = HE
         "preferences_train": pairs(reward, ROUNDS),
         "preferences_all_train": pairs(training, 1),
         "preferences_eval": pairs(held, 1),
-        "gold_train": [{"text": r.text, "rating": r.rating, "film": r.film} for r in texts(gold)],
+        "ratings_train": ratings(reward),
+        "gold_train": ratings(gold),
     }
 
 
