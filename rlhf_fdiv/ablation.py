@@ -61,10 +61,16 @@ def report(path: Path, overrides: list[str]) -> Path:
     finished = [cell.config.folder for cell in cells if cell.state == "finished"]
     if not finished:
         raise UserError(f"{ablation.folder}: no finished cell; run rlhf-fdiv ablate {path}")
+    try:
+        from rlhf_fdiv import comparison_report
+    except ImportError as error:
+        raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
     table, keys = comparison.collect(finished), list(ablation.grid)
     claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
     out = ablation.folder / "comparison"
-    comparison.write_comparison(out, table, keys, claims, [cell.name for cell in cells if cell.state != "finished"])
+    comparison_report.write_comparison(
+        out, table, keys, claims, [cell.name for cell in cells if cell.state != "finished"]
+    )
     return out
 
 
@@ -88,7 +94,7 @@ def run_cells(cells: list[Cell], metric: str, how: How) -> bool:
     """Runs those that are open, `how.jobs` at a time; True where all are finished in the end."""
     waiting = [cell for cell in cells if cell.state == "open" or (how.retry and cell.state == "failed")]
     running: dict[Any, Cell] = {}
-    pool = None
+    pool: Any = None
     with Board(list(waiting), metric) as board:
         while waiting or running:
             pool = pool or _executor(how)
@@ -144,7 +150,7 @@ def _submitit(options: dict[str, Any]) -> Any:
         import submitit
     except ImportError as error:
         raise UserError("--submitit: needs the package: pip install submitit") from error
-    own = {"folder": "runs/submitit", "cluster": None}
+    own: dict[str, Any] = {"folder": "runs/submitit", "cluster": None}
     try:
         executor = submitit.AutoExecutor(**{key: options.get(key, value) for key, value in own.items()})
         executor.update_parameters(**{key: value for key, value in options.items() if key not in own})

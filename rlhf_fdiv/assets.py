@@ -84,11 +84,6 @@ def toy() -> Path:
     return build_once(cache_dir() / "toy-v1", _build_toy)
 
 
-def reviews_gpt2() -> Path:
-    """An untrained GPT-2 of .7 M parameters whose 2,048 tokens are fitted to the film reviews that SFT trains on."""
-    return build_once(cache_dir() / "reviews-gpt2-v1", _build_reviews_gpt2)
-
-
 def toy_reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Three modes of unequal height: the best, over three patterns, of its height times the squared share of letters met."""
     modes = (("abab", 1.0), ("ccdd", 0.9), ("dbca", 0.8))
@@ -97,10 +92,18 @@ def toy_reward(prompts: list[str], completions: list[str], **columns: Any) -> li
             for x in letters]  # fmt: skip
 
 
-def resolve_model(name: str) -> str:
-    """A name or path that `from_pretrained` takes: the models above become their cached folders, all else stays."""
-    made = {"smollm2-135m": smollm2_135m, "toy": toy, "reviews-gpt2": reviews_gpt2}.get(name)
-    return name if made is None else str(made())
+def save_random_gpt2(folder: Path, tokenizer: Any, eos: str, pad: str, **sizes: Any) -> None:
+    """A GPT-2 of these sizes with the weights of seed 0, and its tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad)
+    fast.model_max_length = sizes["n_positions"]
+    fast.save_pretrained(folder)
+    ids = {"bos_token_id": None, "eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(fast), **sizes, **ids)).save_pretrained(folder)
 
 
 def rated_snippets() -> list[tuple[str, tuple[int, ...]]]:
@@ -177,43 +180,11 @@ def _build_smollm2(folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, which shuts others out of a shared cache
 
 
-def _build_reviews_gpt2(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from rlhf_fdiv import film_reviews
-
-    with (film_reviews.build() / "sft_train.jsonl").open(encoding="utf-8") as lines:
-        texts = [row["prompt"] + row["completion"] for row in map(json.loads, lines)]
-    bpe, special = Tokenizer(models.BPE()), ["<|endoftext|>", "<|pad|>"]
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=2048, special_tokens=special, initial_alphabet=letters, show_progress=False),
-    )
-    _save_random_gpt2(folder, bpe, *special, n_embd=128, n_layer=2, n_head=4, n_positions=128)
-
-
 def _build_toy(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["_", ".", "a", "b", "c", "d"])}, unk_token="_"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    _save_random_gpt2(folder, words, ".", "_", n_embd=32, n_layer=2, n_head=2, n_positions=16, initializer_range=0.15)
+    save_random_gpt2(folder, words, ".", "_", n_embd=32, n_layer=2, n_head=2, n_positions=16, initializer_range=0.15)
     rows = [{"prompt": prompt} for prompt in ("a", "b", "c d", "d a b")]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _save_random_gpt2(folder: Path, tokenizer: Any, eos: str, pad: str, **sizes: Any) -> None:
-    """A GPT-2 of these sizes with the weights of seed 0, and its tokenizer."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad)
-    fast.model_max_length = sizes["n_positions"]
-    fast.save_pretrained(folder)
-    ids = {"bos_token_id": None, "eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config(vocab_size=len(fast), **sizes, **ids)).save_pretrained(folder)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from rlhf_fdiv.errors import UserError
+
 if TYPE_CHECKING:
     from rlhf_fdiv.grid import Cell
 
@@ -41,10 +43,14 @@ class Board:
 
     def ended(self, cell: Cell) -> None:
         """A line with its result, and with the time that the rest will take if it goes on as before."""
-        if cell.state == "finished":
-            result = f"{self.metric} {cell.metric(self.metric):.4g}" if self.metric else "done"
-        else:
+        result = "done"
+        if cell.state != "finished":
             result = f"FAILED, {cell.failure}: {cell.failure.read_text(encoding='utf-8').strip().splitlines()[-1]}"
+        elif self.metric and "evaluate" in cell.config.stages:
+            try:
+                result = f"{self.metric} {cell.metric(self.metric):.4g}"
+            except UserError as error:  # a wrong path, which the end will name; the rest goes on
+                result = f"done, but {error}"
         seconds = time.monotonic() - self.started_at.pop(cell.name)
         self.results[cell.name] = result
         line = f"[{len(self.results)}/{len(self.cells)}] {cell.name}  {result}  {seconds:.1f} s, {self._left():.0f} min left"

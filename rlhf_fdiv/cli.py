@@ -116,7 +116,7 @@ def report(
     """The finished cells of an ablation side by side: CSV, LaTeX, figures, tests of the pairs that it names."""
     from rlhf_fdiv import ablation
 
-    typer.echo(f"comparison: {ablation.report(grid, overrides or []) / 'comparison.md'}")
+    typer.echo(f"report: {ablation.report(grid, overrides or []) / 'report.html'}")
 
 
 @app.command("divergences")

@@ -1,4 +1,4 @@
-"""Many runs side by side: `results.csv`, a LaTeX table, figures and `comparison.md`, from the runs' folders alone."""
+"""Many runs side by side: tables from the runs' folders alone, and the statistics that a claim rests on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+import torch
 from scipy import stats
 
-from rlhf_fdiv import divergences
+from rlhf_fdiv import divergences, metrics
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.errors import UserError, did_you_mean
-from rlhf_fdiv.report import markdown_table
-from rlhf_fdiv.tracking import write_atomically
 
 _NOT_A_SETTING = ("name", "output_dir", "reuse", "resume", "stages", "report_to")
 LEVEL = 0.05
@@ -48,7 +46,8 @@ def _row(folder: Path) -> dict[str, Any]:
         **dict(_flat(measured)),
         "samples": policy["max_steps"] * policy["num_prompts"] * policy["num_generations"],
         "seconds": sum(manifest["wall_seconds"].values()),
-        "git_commit": manifest["git_commit"],
+        **{key: manifest[key] for key in ("git_commit", "machine")},
+        **dict(_flat(manifest["versions"], "versions.")),
     }
 
 
@@ -64,6 +63,70 @@ def setting_columns(table: pd.DataFrame, keys: list[str]) -> list[str]:
     """The columns of these config keys, the seed apart, in which the runs differ; a mapping has a column for each entry."""
     inside = [c for key in keys for c in table if f"{c}.".startswith(f"config.{key}.") and c != "config.seed"]
     return [c for c in dict.fromkeys(inside) if table[c].astype(str).nunique() > 1]
+
+
+def settings_of(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """For each run what it is called in figures: `divergence`, and in `rest` whatever else varies but the seed."""
+    others = [c for c in columns if not c.startswith("config.divergence")]
+    words = [
+        c.split(".")[-1] + " " + table[c].map(lambda v: f"{v:g}" if isinstance(v, float) else str(v)) for c in others
+    ]
+    rest = pd.concat(words, axis=1).agg(", ".join, axis=1) if words else ""
+    return pd.DataFrame(
+        {"run": table["run"], "seed": table["config.seed"], "divergence": table["config.divergence"], "rest": rest}
+    )
+
+
+def training_curves(settings: pd.DataFrame, windows: int = 12) -> pd.DataFrame:
+    """A row for each run and window of its steps: the settings and the mean of every figure logged, `step` among them."""
+    parts = []
+    for row in settings.itertuples(index=False):
+        for path in (Path(row.run) / stage / "metrics.jsonl" for stage in ("policy", "prefer", "distil")):
+            if path.is_file():
+                steps = pd.read_json(path, lines=True)
+                window = (steps["step"] - 1) * windows // max(int(steps["step"].max()), 1)
+                parts.append(steps.groupby(window).mean(numeric_only=True).assign(**row._asdict()))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def best_of_n_curve(table: pd.DataFrame, reward: str) -> pd.DataFrame:
+    """Best of n = 1, 2, 4, … by `reward`, of the reference's held-out samples: KL and the mean of each score, over seeds."""
+    rows, k = [], int(table["config.evaluate.num_generations"].iloc[0])
+    for run in table.drop_duplicates("config.seed")["run"]:
+        samples = pd.read_parquet(Path(run) / "evaluate" / "samples.parquet")
+        scores = {
+            c.removeprefix("sft_"): torch.tensor(samples[c].to_numpy()).view(-1, k)
+            for c in samples
+            if c.startswith("sft_")
+        }
+        for n in (2**i for i in range(k.bit_length())):
+            means = {name: metrics.best_of_n(scores[reward], x, n) for name, x in scores.items()}
+            rows.append({"n": n, "kl_reference": metrics.best_of_n_kl(n), **means})
+    return pd.DataFrame(rows).groupby("n", as_index=False).mean()
+
+
+def cross_table(table: pd.DataFrame, settings: pd.DataFrame) -> pd.DataFrame:
+    """Every trained model under every divergence to its target: mean and standard error over the seeds where it can be
+    measured, exact where the language was enumerated."""
+    exact = [c for c in table if c.startswith("exact.to_target.")]
+    estimated = [c for c in table if c.startswith("divergence_to_target.") and c.endswith(".value")]
+    rows = []
+    for column in exact or estimated:
+        measured = column.removesuffix(".value").split("to_target.", 1)[1]
+        for (f, rest), runs in settings.assign(value=table[column].astype(float)).groupby(
+            ["divergence", "rest"], sort=False
+        ):
+            values = runs["value"].dropna()
+            error = float(values.sem()) if len(values) > 1 else math.nan
+            rows.append({"divergence": f, "rest": rest, "measured": measured, "value": values.mean(), "error": error,
+                         "seeds": len(values)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def exact_frontier(table: pd.DataFrame) -> pd.DataFrame:
+    """The most reward at each KL, where the runs' language was enumerated; empty elsewhere."""
+    found = [json.loads(value) for value in table.get("exact.frontier", pd.Series(dtype=str)).dropna().unique()]
+    return pd.DataFrame(found[0] if len(found) == 1 else [])
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -154,7 +217,8 @@ def _holm(p_values: list[float]) -> list[float]:
 def _claim(first: str, second: str, differences: np.ndarray[Any, Any], p: float, metric: str) -> Claim:
     n, mean = len(differences), float(np.mean(differences)) if len(differences) else math.nan
     half = float(stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    figures = f"{mean:+.3g} (95 % interval {mean - half:+.3g} to {mean + half:+.3g}, {n} seeds"
+    interval = f"95 % interval {mean - half:+.3g} to {mean + half:+.3g}, " if n > 1 else ""
+    figures = f"{mean:+.3g} ({interval}{n} {'seed' if n == 1 else 'seeds'}"
     if math.isnan(p):
         sentence = f"{first} − {second}: {figures}); too few seeds for a test to reject."
     elif p <= LEVEL:
@@ -163,77 +227,3 @@ def _claim(first: str, second: str, differences: np.ndarray[Any, Any], p: float,
     else:
         sentence = f"No difference shown between {first} and {second}: {figures}, p = {p:.2g})."
     return Claim(first, second, mean, mean - half, mean + half, p, n, sentence)
-
-
-# -- what is written ---------------------------------------------------------------------------------------------------
-
-
-def write_comparison(
-    out: Path, table: pd.DataFrame, keys: list[str], claims: dict[str, list[Claim]], missing: list[str]
-) -> None:
-    """`results.csv`, `results.tex`, `frontier.pdf/.png` and `comparison.md` into `out`; `claims` by metric."""
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / ".results.csv"
-    table.to_csv(part, index=False)
-    part.replace(out / "results.csv")
-    columns = setting_columns(table, keys)
-    curvature = " and ".join(("off", "on")[x] for x in sorted(set(table["unit_curvature"])))
-    tables = {metric: settings_table(table, columns, metric) for metric in claims}
-    latex = (t.to_latex(index=False, escape=True, float_format="%.3g", na_rep="--") for t in tables.values())
-    write_atomically(out / "results.tex", "\n".join(f"% {m}\n{t}" for m, t in zip(tables, latex, strict=True)))
-    parts = [
-        f"# {out.resolve().parent.name}",
-        f"{len(table)} runs, {int(table['samples'].sum()):,} samples, {table['seconds'].sum() / 60:.0f} min; commit "
-        f"{', '.join(sorted({str(c)[:10] for c in table['git_commit']}))}. Curvature normalisation {curvature}. IQM is the "
-        "interquartile mean over seeds, with its 95 % bootstrap interval from three seeds on; pairs, named before the "
-        "runs, are tested by changes of sign over seeds, with Holm's correction over the pairs of a figure.",
-        *(f"No finished run: {name}." for name in missing),
-    ]
-    for metric, found in claims.items():
-        rows = [list(map(_cell, row)) for row in tables[metric].to_numpy().tolist()]
-        sentences = "\n".join(f"- {claim.sentence}" for claim in found)
-        parts.append(f"## {metric}\n\n{markdown_table(list(tables[metric]), *rows)}\n\n{sentences}".rstrip())
-    if _frontier(table, columns, out):
-        parts.append("## Reward against KL(π‖reference)\n\n![frontier](frontier.png)")
-    write_atomically(out / "comparison.md", "\n\n".join(parts) + "\n")
-
-
-def _cell(x: Any) -> str:
-    return str(x) if not isinstance(x, float) else "–" if math.isnan(x) else f"{x:.4g}"
-
-
-def settings_table(table: pd.DataFrame, columns: list[str], metric: str) -> pd.DataFrame:
-    """A row for each setting: the metric's IQM and interval, and the means of what stands beside it."""
-    beside = [
-        c for c in ("policy.kl_reference", "policy.entropy", "policy.distinct_2", "policy.self_bleu") if c in table
-    ]
-    groups = table.groupby(columns, sort=False, dropna=False) if columns else [((), table)]
-    rows = []
-    for values, runs in groups:
-        found = summarise(runs[metric].to_numpy(float))
-        named = {k.removeprefix("config."): v for k, v in zip(columns, values, strict=True)}
-        means = {c.removeprefix("policy."): float(runs[c].mean()) for c in beside}
-        rows.append({**named, "IQM": found.iqm, "low": found.low, "high": found.high, "seeds": found.seeds, **means})
-    return pd.DataFrame(rows)
-
-
-def _frontier(table: pd.DataFrame, columns: list[str], out: Path) -> bool:
-    """Reward of the target against KL to the reference: a line for each f across what else varies, means over seeds."""
-    reward = f"policy.{table['config.target.reward'].iloc[0]}" if "config.target.reward" in table else ""
-    if reward not in table or "policy.kl_reference" not in table:
-        return False
-    figure = Figure(figsize=(5, 3.6))
-    axis = figure.subplots()
-    for label, runs in table.groupby("config.divergence", sort=False):
-        points = runs.groupby([c for c in columns if c != "config.divergence"] or "config.divergence", sort=False)
-        x, y = (points[c].mean() for c in ("policy.kl_reference", reward))
-        errors = [points[c].sem().fillna(0) for c in ("policy.kl_reference", reward)]
-        order = np.argsort(x.to_numpy())
-        axis.errorbar(x.iloc[order], y.iloc[order], xerr=errors[0].iloc[order], yerr=errors[1].iloc[order],
-                      marker="o", markersize=3, linewidth=1, label=label)  # fmt: skip
-    axis.set(xlabel="KL(π‖reference), nats", ylabel=reward.removeprefix("policy."))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=7)
-    for kind in ("pdf", "png"):
-        figure.savefig(out / f"frontier.{kind}", dpi=150, bbox_inches="tight")
-    return True

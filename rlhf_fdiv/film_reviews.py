@@ -7,9 +7,10 @@ cache at run time, never committed or passed on.
 
 `film` is the source's name of a film, `rating` a mean score in -4…4. Completions, `chosen` and `rejected` begin with a
 blank. `chosen` is what most pairs of raters score higher, `preference` their share (a tie counts half), `margin` the
-difference of the ratings. Within a `round` no text recurs, over the rounds no pair. preferences_train and
-ratings_train are of one half of the training films, gold_train of the other, the eval files of held-out films; prompts_valid, for a choice of learning
-rates, is of some of the training films, prompts_fit of the rest. sha256 alone decides split and order.
+difference of the ratings. Within a `round` no text recurs, over the rounds no pair. preferences_train and ratings_train
+are of one half of the training films, gold_train of the other, the eval files of held-out films; prompts_valid, for a
+choice of learning rates, is of some of the training films, prompts_fit of the rest. sha256 alone decides split and
+order.
 """
 
 import hashlib

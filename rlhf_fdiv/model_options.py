@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
@@ -40,5 +40,5 @@ def _fast_bfloat16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 and later
+    known: Any = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 and later
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_fdiv.assets import resolve_model
 from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.sequences import Sequences, token_log_probs
 

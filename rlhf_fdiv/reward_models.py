@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from rlhf_fdiv.assets import resolve_model
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.models import load_tokenizer
 from rlhf_fdiv.objectives import preference_divergence
 from rlhf_fdiv.sequences import pad

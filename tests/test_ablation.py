@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from rich.console import Console
 from tiny import problems, write_config
 
 from rlhf_fdiv import ablation, grid
+from rlhf_fdiv.board import Board
 from rlhf_fdiv.config.files import read_yaml
 
 
@@ -208,6 +210,67 @@ def test_a_launcher_runs_each_cell_in_processes_of_its_own(make, tmp_path, call)
     code, out, _ = call("ablate", str(make(POLICY, name="other", grid={"divergence": ["js"]})), "--launch", "false")
     assert code == 1
     assert "exit code 1; see log.txt" in out
+
+
+def test_cells_run_side_by_side_and_a_killed_process_takes_no_other_cell_with_it(make, tmp_path, call, monkeypatch):
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\n"
+        "def kill(prompts, completions, **columns):\n"
+        "    if os.path.exists('deadly'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorers = POLICY["scorers"] | {"deadly": {"name": "function", "path": "deadly:kill"}}
+    rewards = ["praise", "deadly"]
+    path = make(
+        POLICY | {"scorers": scorers}, grid={"target.reward": rewards, "seed": [0, 1]}, report=["policy.praise"]
+    )
+    (tmp_path / "deadly").touch()
+    code, out, _ = call("ablate", str(path), "stages=[policy]", "--jobs", "2")
+    assert code == 1
+    runs = tmp_path / "runs" / "ab"
+    dead = {f"{r}-seed={s}" for r in rewards for s in (0, 1) if "ended" in read(runs / f"{r}-seed={s}" / "failed.txt")}
+    assert dead >= {"deadly-seed=0", "deadly-seed=1"}
+    assert out.count("FAILED") == len(dead)
+    (tmp_path / "deadly").unlink()
+    code, out, err = call("ablate", str(path), "--jobs", "2", "--retry")
+    assert code == 0, out + err
+    assert all((runs / f"{r}-seed={s}" / "report.md").is_file() for r in rewards for s in (0, 1))
+
+
+def read(path):
+    return path.read_text() if path.is_file() else ""
+
+
+def test_a_scheduler_takes_the_cells(make, tmp_path, call):
+    path = make(POLICY, grid={"divergence": ["js", "tv"]})
+    words = ["cluster=local", f"folder={tmp_path / 'jobs'}", "timeout_min=5"]
+    code, out, err = call("ablate", str(path), *(x for word in words for x in ("--submitit", word)))
+    assert code == 0, out + err
+    assert "[2/2]" in out
+    assert list((tmp_path / "jobs").glob("*_submitted.pkl"))
+    other = make(POLICY, name="other", grid={"divergence": ["js"]})
+    code, _, err = call("ablate", str(other), "--submitit", "cluster=local", "--submitit", "timeout=5")
+    assert (code, "--submitit: " in err, "timeout" in err) == (2, True, True)
+
+
+def test_the_live_table_shows_stage_and_steps(make, tmp_path):
+    cell = grid.grid_cells(grid.load(make(POLICY, grid={"divergence": ["js", "tv"]})))[0]
+    board = Board([cell], "")
+    board.started(cell)
+    policy = cell.config.folder / "policy"
+    policy.mkdir(parents=True)
+    (policy / "metrics.jsonl").write_text('{"step": 1, "kl": 0.0}\n{"step": 2, "kl"')
+    board.console = Console(width=80, record=True)
+    board.console.print(board._table())
+    drawn = board.console.export_text()
+    assert " js " in drawn
+    assert " policy " in drawn
+    assert " 1/2 " in drawn
+    assert "0 of 1 ended" in drawn
 
 
 def test_overrides_reach_every_cell(make):

@@ -9,7 +9,7 @@ from threading import Barrier
 
 import pytest
 
-from rlhf_fdiv import assets
+from rlhf_fdiv import assets, known_models
 
 GOOD = b"the archive"
 SHA = hashlib.sha256(GOOD).hexdigest()
@@ -126,7 +126,7 @@ def test_build_once_is_safe_when_two_build_at_once(tmp_path):
 
 def test_resolve_model_touches_only_its_own_name(monkeypatch):
     monkeypatch.setattr(assets, "smollm2_135m", lambda: Path("folder"))
-    assert [assets.resolve_model(name) for name in ("smollm2-135m", "gpt2", "a/b")] == ["folder", "gpt2", "a/b"]
+    assert [known_models.resolve_model(name) for name in ("smollm2-135m", "gpt2", "a/b")] == ["folder", "gpt2", "a/b"]
 
 
 def test_real_sdist_is_fetched(cache):

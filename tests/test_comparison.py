@@ -1,19 +1,28 @@
 """Runs side by side: statistics against brute force, matching of pairs, and what a report of real cells holds."""
 
 import itertools
+import json
 import math
+import os
+import shutil
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from playwright.sync_api import sync_playwright
+from scipy import integrate
 from test_ablation import POLICY, make  # noqa: F401
 from tiny import problems
 
+import rlhf_fdiv
 from rlhf_fdiv import comparison
-from rlhf_fdiv.comparison import compare, summarise
+from rlhf_fdiv.comparison import compare, summarise, training_curves
+from rlhf_fdiv.metrics import best_of_n, best_of_n_kl
 
 
 def table(effect=0.0, seeds=8, fs=("js", "tv"), betas=(0.5, 1.0), noise=0.1):
@@ -115,12 +124,12 @@ def test_the_report_of_cells_that_ran(make, tmp_path, call):  # noqa: F811
     code, out, err = call("report", str(path))
     assert code == 0, err
     folder = tmp_path / "runs" / "ab" / "comparison"
-    assert out.strip() == f"comparison: {folder / 'comparison.md'}"
+    assert out.strip() == f"report: {folder / 'report.html'}"
     results = pd.read_csv(folder / "results.csv")
     assert len(results) == 12
     assert set(results["config.divergence"]) == {"js", "alpha(alpha=0.3)"}
     assert (results["samples"] == 2 * 4 * 4).all()
-    text = (folder / "comparison.md").read_text()
+    text = (folder / "report.md").read_text()
     assert "12 runs, 384 samples" in text
     assert "Curvature normalisation off" in text
     assert text.count("3 seeds); too few seeds for a test to reject.") == 2
@@ -130,12 +139,91 @@ def test_the_report_of_cells_that_ran(make, tmp_path, call):  # noqa: F811
     assert float(row[2]) == pytest.approx(summarise(setting["policy.objective"].to_numpy()).iqm, rel=1e-3)
     assert float(row[6]) == pytest.approx(setting["policy.kl_reference"].mean(), rel=1e-3)
     assert (folder / "results.tex").read_text().count("\\\\") == 2 * 5
-    assert (folder / "frontier.png").is_file()
-    assert (folder / "frontier.pdf").is_file()
+    for name in ("frontier", "diversity", "cross_table", "by_step", "over_optimisation"):
+        assert (folder / f"{name}.png").is_file() == (folder / f"{name}.pdf").is_file() == (f"]({name}.png)" in text)
+        assert (folder / f"{name}.png").is_file() == (name != "over_optimisation"), "these runs log no gold score"
+    in_a_browser(folder / "report.html")
+
+
+def in_a_browser(path):
+    """It draws every figure without a word on the console and without a network, at 400 px too; legends filter."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        assert "CI" not in os.environ, "no browser: install chromium"
+        pytest.skip("no browser: install chromium")
+    assert path.stat().st_size < 3_000_000
+    with sync_playwright() as playwright, playwright.chromium.launch(
+        executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+    ) as browser:  # fmt: skip
+        page = browser.new_page(viewport={"width": 400, "height": 800}, offline=True)
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
+        page.goto(path.as_uri())
+        page.evaluate("window.drawn.then(() => true)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        figures = page.locator(".figure")
+        assert figures.count() == page.locator(".figure svg.marks").count() > 6
+        dots = page.locator("#frontier-0 .mark-symbol.role-mark path")
+        assert dots.count() == 4
+        for box in (figures.nth(i).bounding_box() for i in range(figures.count())):
+            assert box["width"] <= 400
+            assert box["height"] > 60
+        page.locator("#frontier-0 .role-legend-label text", has_text="js").click()
+        page.wait_for_function("document.querySelectorAll('#frontier-0 .mark-symbol.role-mark path').length == 2")
+        assert all("divergence: js" in (dots.nth(i).get_attribute("aria-label") or "") for i in range(2))
+        page.locator("#frontier-0 .role-legend-label text", has_text="alpha").click(modifiers=["Shift"])
+        page.wait_for_function("document.querySelectorAll('#frontier-0 .mark-symbol.role-mark path').length == 4")
+        assert (
+            page.locator("details td", has_text="alpha(alpha=0.3), beta 2").count()
+            == page.locator("details").count()
+            > 1
+        )
+        assert said == []
+
+
+def test_what_a_report_needs_and_lacks_is_named(make, call, monkeypatch):  # noqa: F811
+    path = make(POLICY, grid={"divergence": ["js"]})
+    assert call("ablate", str(path))[0] == 0
+    monkeypatch.delitem(sys.modules, "rlhf_fdiv.comparison_report", raising=False)
+    monkeypatch.delattr(rlhf_fdiv, "comparison_report", raising=False)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    code, _, err = call("report", str(path))
+    assert code == 2
+    assert "needs vl_convert: pip install 'rlhf_fdiv[report]'" in err
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    generator = torch.Generator().manual_seed(n)
+    reward, score = torch.randn(2, 3, 5, generator=generator)
+    subsets = list(itertools.combinations(range(5), n))
+    brute = [score[i, max(subset, key=lambda j: reward[i, j])] for i in range(3) for subset in subsets]
+    assert best_of_n(reward, score, n) == pytest.approx(float(torch.stack(brute).mean()))
+    with pytest.raises(ValueError, match="best of 6 needs at least 6 completions a prompt, not 5"):
+        best_of_n(reward, score, 6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_the_kl_of_best_of_n_is_that_of_a_continuous_reward(n):
+    """Best of n has density n·u^(n−1) in the reward's quantile u under the reference."""
+    value, _ = integrate.quad(lambda u: n * u ** (n - 1) * math.log(n * u ** (n - 1)), 0, 1)
+    assert best_of_n_kl(n) == pytest.approx(value, abs=1e-9)
+
+
+def test_curves_are_means_over_windows_of_steps(tmp_path):
+    (tmp_path / "policy").mkdir()
+    lines = [json.dumps({"step": s, "kl_reference": float(s), "absent": None}) for s in range(1, 25)]
+    (tmp_path / "policy" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    runs = pd.DataFrame([{"run": str(tmp_path), "seed": 3, "divergence": "js", "rest": ""}])
+    curves = training_curves(runs, windows=12)
+    assert curves["step"].tolist() == [1.5 + 2 * i for i in range(12)] == curves["kl_reference"].tolist()
+    assert set(curves["divergence"]) == {"js"}
 
 
 def test_cells_that_have_not_run_are_named(make, tmp_path, call):  # noqa: F811
     path = make(POLICY, grid={"divergence": ["js", "tv"]})
     tiny.run(call("ablate", str(path), "--print-commands")[1].splitlines()[0].split()[-1])
     assert call("report", str(path))[0] == 0
-    assert "No finished run: tv." in (tmp_path / "runs" / "ab" / "comparison" / "comparison.md").read_text()
+    assert "No finished run: tv." in (tmp_path / "runs" / "ab" / "comparison" / "report.md").read_text()

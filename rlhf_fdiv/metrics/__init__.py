@@ -1,5 +1,6 @@
 """What is measured on a trained policy: divergences with intervals, diversity and likeness of texts, perplexity."""
 
+from rlhf_fdiv.metrics.best_of_n import best_of_n, best_of_n_kl
 from rlhf_fdiv.metrics.divergence import Measured, log_partition_of, measure_all, paired_difference
 from rlhf_fdiv.metrics.exact import all_texts, exact_report, log_probs_of_all
 from rlhf_fdiv.metrics.likelihood import perplexity, score, score_both
@@ -8,6 +9,8 @@ from rlhf_fdiv.metrics.text import distinct_n, likeness, self_bleu
 __all__ = [
     "Measured",
     "all_texts",
+    "best_of_n",
+    "best_of_n_kl",
     "distinct_n",
     "exact_report",
     "likeness",

@@ -76,7 +76,7 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
-    from rlhf_fdiv.assets import resolve_model
+    from rlhf_fdiv.known_models import resolve_model
     from rlhf_fdiv.models import load_tokenizer
 
     class DivergenceRewardTrainer(RewardTrainer):
