@@ -125,6 +125,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Ablation:
         raise UserError(
             *(f"{path}: search.by: {k!r} is not a key of the grid{did_you_mean(k, ablation.grid)}" for k in unknown)
         )
+    if (ablation.folder / "resolved_config.yaml").is_file():
+        raise UserError(f"{path}: name: {ablation.folder} holds a run of its own; give the ablation another name")
     configs.files.with_overrides({}, overrides or [])  # where one is none, this says so
     pairs = (word.split("=", 1) for word in overrides or [])
     more = {key: configs.files.with_overrides({}, [f"value={value}"])["value"] for key, value in pairs}

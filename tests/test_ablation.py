@@ -273,6 +273,12 @@ def test_the_live_table_shows_stage_and_steps(make, tmp_path):
     assert "0 of 1 ended" in drawn
 
 
+def test_a_grid_does_not_go_into_the_folder_of_a_run(make, tmp_path):
+    (tmp_path / "runs" / "ab").mkdir(parents=True)
+    (tmp_path / "runs" / "ab" / "resolved_config.yaml").touch()
+    assert "holds a run of its own" in problems(grid.load, make(POLICY, grid={"seed": [0]}))[0]
+
+
 def test_overrides_reach_every_cell(make):
     ab = grid.load(make(POLICY, grid={"divergence": ["js", "tv"]}), ["policy.max_steps=7", "model.dtype=bfloat16"])
     assert {(c.config.policy.max_steps, c.config.model.dtype) for c in grid.grid_cells(ab)} == {(7, "bfloat16")}
