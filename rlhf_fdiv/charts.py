@@ -67,7 +67,8 @@ def over_optimisation(curves: pd.DataFrame, fs: list[str], proxy: str, gold: str
     means["root"] = np.sqrt(means["kl_reference"].clip(lower=0))
     data = means.melt(["divergence", "step", "root"], [proxy, gold], "score", "y")
     chosen, base = _legend(data, fs)
-    dashes = alt.StrokeDash("score:N", title=None, scale=alt.Scale(domain=[proxy, gold]))
+    where = alt.Legend(orient="bottom")
+    dashes = alt.StrokeDash("score:N", title=None, scale=alt.Scale(domain=[proxy, gold]), legend=where)
     line = base.mark_line(strokeWidth=1.5).encode(
         x=alt.X("root:Q", title="√KL(π‖reference), √nats"),
         y=alt.Y("y:Q", title="score"),

@@ -90,7 +90,10 @@ def training_curves(settings: pd.DataFrame, windows: int = 12) -> pd.DataFrame:
 
 
 def best_of_n_curve(table: pd.DataFrame, reward: str) -> pd.DataFrame:
-    """Best of n = 1, 2, 4, … by `reward`, of the reference's held-out samples: KL and the mean of each score, over seeds."""
+    """Best of n = 1, 2, 4, … by `reward`, of the reference's held-out samples: KL and the mean of each score, over seeds;
+    empty without a `reward`."""
+    if not reward:
+        return pd.DataFrame()
     rows, k = [], int(table["config.evaluate.num_generations"].iloc[0])
     for run in table.drop_duplicates("config.seed")["run"]:
         samples = pd.read_parquet(Path(run) / "evaluate" / "samples.parquet")

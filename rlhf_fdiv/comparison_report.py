@@ -64,16 +64,23 @@ def write_comparison(
     """Everything about the runs of `table` into `out`; `claims` by metric, `missing` the cells without a finished run."""
     out.mkdir(parents=True, exist_ok=True)
     columns = setting_columns(table, keys)
+    settings, reward = settings_of(table, columns), _reward(table)
+    curves, best = training_curves(settings), best_of_n_curve(table, reward)
     content = Content(
         out.resolve().parent.name,
         [_introduction(table), *(f"No finished run: {name}." for name in missing)],
         {metric: settings_table(table, columns, metric) for metric in claims},
         claims,
-        _sections(table, columns),
-        _samples(table, columns),
+        _sections(table, settings, curves, best, reward),
+        _samples(settings),
         _made_of(table),
     )
-    write_atomically(out / "results.csv", table.to_csv(index=False))
+    for name, data in (
+        ("results", table),
+        ("curves", curves.drop(columns="run", errors="ignore")),
+        ("best_of_n", best),
+    ):
+        write_atomically(out / f"{name}.csv", data.to_csv(index=False))
     write_atomically(out / "results.tex", "\n".join(f"% {m}\n{_latex(t)}" for m, t in content.tables.items()))
     for section in content.sections:
         picture = charts.for_paper(section.figures)
@@ -109,16 +116,23 @@ def settings_table(table: pd.DataFrame, columns: list[str], metric: str) -> pd.D
     return pd.DataFrame(rows)
 
 
-def _sections(table: pd.DataFrame, columns: list[str]) -> list[Section]:
+def _reward(table: pd.DataFrame) -> str:
+    """The scorer that the target is made of: its reward, or the first of its moments; empty where it has neither."""
+    moments = [c.removeprefix("config.target.moments.") for c in table if c.startswith("config.target.moments.")]
+    named = table["config.target.reward"].dropna().astype(str).tolist() if "config.target.reward" in table else []
+    return next((name for name in (*named, *moments) if f"policy.{name}" in table), "")
+
+
+def _sections(
+    table: pd.DataFrame, settings: pd.DataFrame, curves: pd.DataFrame, best: pd.DataFrame, reward: str
+) -> list[Section]:
     """The figures that these runs have data for."""
-    settings, fs = settings_of(table, columns), list(dict.fromkeys(table["config.divergence"]))
-    rests = list(dict.fromkeys(settings["rest"]))
-    curves, cross = training_curves(settings), cross_table(table, settings)
-    reward = str(table["config.target.reward"].iloc[0]) if "config.target.reward" in table else ""
+    fs, rests = list(dict.fromkeys(settings["divergence"])), list(dict.fromkeys(settings["rest"]))
+    cross = cross_table(table, settings)
     gold = next((c for c in curves if f"policy.{c}" in table and c == "gold"), "")
     sections = []
-    if f"policy.{reward}" in table:
-        sections.append(_frontier(table, settings, fs, reward))
+    if reward:
+        sections.append(_frontier(table, settings, fs, best, reward))
         figures = {title: charts.trade_off(charts.points(table, settings, f"policy.{reward}", c), fs, reward, title)
                    for c, title in DIVERSITY.items() if c in table}  # fmt: skip
         sections.append(
@@ -146,14 +160,14 @@ def _sections(table: pd.DataFrame, columns: list[str]) -> list[Section]:
             figures |= for_each_rest(draw, curves.dropna(subset=[column]), name)
         sections.append(Section("by_step", "Divergences by training step", text, figures))
     if gold and reward in curves and gold != reward:
-        text = f"`{reward}` is what training raises, `{gold}` was fitted to other data and trains nothing (arXiv 2210.10760)."
+        text = f"“{reward}” is what training raises, “{gold}” was fitted to other data and trains nothing (arXiv 2210.10760)."
         figures = for_each_rest(lambda part: charts.over_optimisation(part, fs, reward, gold), curves, "")
         sections.append(Section("over_optimisation", "Proxy and gold reward", text, figures))
     return sections
 
 
-def _frontier(table: pd.DataFrame, settings: pd.DataFrame, fs: list[str], reward: str) -> Section:
-    exact, best = exact_frontier(table), best_of_n_curve(table, reward)
+def _frontier(table: pd.DataFrame, settings: pd.DataFrame, fs: list[str], best: pd.DataFrame, reward: str) -> Section:
+    exact = exact_frontier(table)
     source = "exact" if len(exact) else "policy"
     x, y = f"{source}.kl_reference", "exact.reward" if len(exact) else f"policy.{reward}"
     data = charts.points(table, settings, x, y)
@@ -195,9 +209,8 @@ def _made_of(table: pd.DataFrame) -> list[list[str]]:
     return rows + [[c, ", ".join(map(str, dict.fromkeys(table[c])))] for c in shared if c in table]
 
 
-def _samples(table: pd.DataFrame, columns: list[str]) -> dict[str, list[list[str]]]:
+def _samples(settings: pd.DataFrame) -> dict[str, list[list[str]]]:
     """By prompt: a setting and its first completion, of the first seed; the reference's comes first."""
-    settings = settings_of(table, columns)
     first = settings[settings["seed"] == settings["seed"].min()]
     found: dict[str, list[list[str]]] = {}
     for run in first.itertuples(index=False):
