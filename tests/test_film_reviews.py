@@ -122,11 +122,11 @@ def test_build_writes_once_and_refuses_other_counts(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"\(66, 20\)"):
         film_reviews.build()
     assert list(tmp_path.iterdir()) == []
-    for name, value in (("SNIPPETS", 66), ("FILMS", 20)):
+    for name, value in (("SNIPPETS", 66), ("FILMS", 20), ("VALID", 5)):
         monkeypatch.setattr(film_reviews, name, value)
     monkeypatch.setattr(film_reviews.tables, "__defaults__", (3,))
     folder = film_reviews.build()
-    assert sum(f"| {path.name} |" in (folder / "README.md").read_text() for path in folder.glob("*.jsonl")) == 8
+    assert sum(f"| {path.name} |" in (folder / "README.md").read_text() for path in folder.glob("*.jsonl")) == 11
     monkeypatch.setattr(assets, "critics_texts", lambda: pytest.fail("was built again"))
     assert film_reviews.build() == folder
 
@@ -137,6 +137,8 @@ def check_tables(tables: dict[str, list[dict]], films: int, held_out: int) -> No
     training, evaluation = of["sft_train"], of["sft_eval"]
     assert (len(training), len(evaluation)) == (films - held_out, held_out)
     assert (training, evaluation) == (of["prompts_train"], of["prompts_eval"])
+    assert of["prompts_valid"] | of["prompts_fit"] == training
+    assert not of["prompts_valid"] & of["prompts_fit"] | of["ratings_train"] & of["gold_train"]
     assert of["preferences_train"] | of["gold_train"] | of["preferences_all_train"] <= training
     assert not training & evaluation | of["preferences_train"] & of["gold_train"]
     assert of["preferences_eval"] <= evaluation
@@ -172,8 +174,12 @@ def real(tmp_path_factory):
 def test_real_files_hold_what_the_readme_promises(real):
     check_tables(real, films=507, held_out=54)
     of_name = dict(sorted(real.items())).values()
-    assert [len(rows) for rows in of_name] == [4_686, 4_570, 539, 6_822, 54, 453, 1_102, 9_349]
-    assert [len({row["film"] for row in rows}) for rows in of_name] == [226, 453, 54, 227, 54, 453, 54, 453]
+    assert [len(rows) for rows in of_name] == [
+        4_686, 4_570, 539, 6_822, 54, 399, 453, 54, 4_663, 1_102, 9_349
+    ]  # fmt: skip
+    assert [len({row["film"] for row in rows}) for rows in of_name] == [
+        226, 453, 54, 227, 54, 399, 453, 54, 227, 54, 453
+    ]  # fmt: skip
     assert len({row["prompt"] for row in real["prompts_train"] + real["prompts_eval"]}) == 507
 
 

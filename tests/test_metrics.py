@@ -276,7 +276,12 @@ def logged():
         log_z = LogPartition().update([0, 1, 2], log_weights.view(P, 4)).repeat_interleave(4)
         shape = SimpleNamespace(num_generations=4, max_steps=9)
         config = SimpleNamespace(
-            policy=shape, f=divergences.get(name), beta=0.5, target=SimpleNamespace(scorers=()), report_to="none"
+            policy=shape,
+            f=divergences.get(name),
+            beta=0.5,
+            target=SimpleNamespace(scorers=()),
+            report_to="none",
+            evaluate=SimpleNamespace(divergences=["js", name]),
         )
         seen = {}
         training = SimpleNamespace(accelerator=Accelerator(cpu=True), log=lambda step, values, *_: seen.update(values))
@@ -295,6 +300,8 @@ def test_a_steps_figures_are_means_over_its_completions(logged):
     assert seen["kl_reference"] == pytest.approx(kl)
     assert seen["objective"] == pytest.approx(0.5 * (float(potential.mean()) - kl))
     assert seen["out_of_support"] == 0
+    assert seen["to_target.forward_kl"] == pytest.approx(seen["divergence_target"], nan_ok=True)
+    assert 0 < seen["to_target.js"] < math.log(2)
     assert 0 < seen["finished"] <= 1
     assert 1 <= seen["ess_log_z"] <= 4
 

@@ -26,9 +26,8 @@ class Log:
 
     def __init__(self, config: RunConfig, training: Training, eos_token_id: int) -> None:
         self.config, self.training, self.eos_token_id = config, training, eos_token_id
-        self.measured = {
-            divergences.label(f): f for f in map(divergences.get, [config.divergence, *config.evaluate.divergences])
-        }
+        fs = [config.f, *map(divergences.get, config.evaluate.divergences)]
+        self.measured = {divergences.label(f): f for f in fs}
         self.completions: list[dict[str, Any]] = []
         self.first_objective: float | None = None
 
