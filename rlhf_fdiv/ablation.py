@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import subprocess
@@ -67,10 +68,16 @@ def report(path: Path, overrides: list[str]) -> Path:
         raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
     table, keys = comparison.collect(finished), list(ablation.grid)
     claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
+    notes = [f"No finished run: {cell.name}." for cell in cells if cell.state != "finished"]
+    if chosen is not None and ablation.search is not None:
+        found = json.loads((ablation.folder / "search.json").read_text(encoding="utf-8"))
+        values = (f"{by}: {', '.join(f'{k} {v}' for k, v in best.items())}" for by, best in chosen.items())
+        notes.append(
+            f"Chosen by the {ablation.search.best} of {ablation.search.metric} over runs that are none of these, of "
+            f"{found['samples']:,} samples in all and as many for each: {'; '.join(values)}."
+        )
     out = ablation.folder / "comparison"
-    comparison_report.write_comparison(
-        out, table, keys, claims, [cell.name for cell in cells if cell.state != "finished"]
-    )
+    comparison_report.write_comparison(out, table, keys, claims, notes)
     return out
 
 

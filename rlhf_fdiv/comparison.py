@@ -16,6 +16,7 @@ from scipy import stats
 from rlhf_fdiv import divergences, metrics
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.objectives import OBJECTIVES
 
 _NOT_A_SETTING = ("name", "output_dir", "reuse", "resume", "stages", "report_to")
 LEVEL = 0.05
@@ -38,17 +39,24 @@ def _row(folder: Path) -> dict[str, Any]:
     settings = {k: v for k, v in config.items() if k not in _NOT_A_SETTING}
     f = settings["divergence"]
     settings["divergence"] = divergences.label(divergences.get(f))
-    policy = config["policy"]
     return {
         "run": str(folder),
         **dict(_flat(settings, "config.")),
         "unit_curvature": bool(f.get("unit_curvature")),
         **dict(_flat(measured)),
-        "samples": policy["max_steps"] * policy["num_prompts"] * policy["num_generations"],
+        "samples": samples_of(config),
         "seconds": sum(manifest["wall_seconds"].values()),
         **{key: manifest[key] for key in ("git_commit", "machine")},
         **dict(_flat(manifest["versions"], "versions.")),
     }
+
+
+def samples_of(config: dict[str, Any]) -> int:
+    """How many completions a run trains on: sampled ones, or both texts of each pair."""
+    stage = OBJECTIVES[config["objective"]["name"]].stage
+    options = config[stage]
+    each = 2 * options["num_pairs"] if stage == "prefer" else options["num_prompts"] * options.get("num_generations", 1)
+    return int(options["max_steps"] * each)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,27 +59,27 @@ class Content(NamedTuple):
 
 
 def write_comparison(
-    out: Path, table: pd.DataFrame, keys: list[str], claims: dict[str, list[Claim]], missing: list[str]
+    out: Path, table: pd.DataFrame, keys: list[str], claims: dict[str, list[Claim]], notes: list[str]
 ) -> None:
-    """Everything about the runs of `table` into `out`; `claims` by metric, `missing` the cells without a finished run."""
+    """Everything about the runs of `table` into `out`; `claims` by metric, `notes` are what a reader must know first."""
     out.mkdir(parents=True, exist_ok=True)
     columns = setting_columns(table, keys)
     settings, reward = settings_of(table, columns), _reward(table)
     curves, best = training_curves(settings), best_of_n_curve(table, reward)
     content = Content(
         out.resolve().parent.name,
-        [_introduction(table), *(f"No finished run: {name}." for name in missing)],
+        [_introduction(table), *notes],
         {metric: settings_table(table, columns, metric) for metric in claims},
         claims,
         _sections(table, settings, curves, best, reward),
         _samples(settings),
         _made_of(table),
     )
-    for name, data in (
-        ("results", table),
-        ("curves", curves.drop(columns="run", errors="ignore")),
-        ("best_of_n", best),
-    ):
+    for name, data in {
+        "results": table,
+        "curves": curves.drop(columns="run", errors="ignore"),
+        "best_of_n": best,
+    }.items():
         write_atomically(out / f"{name}.csv", data.to_csv(index=False))
     write_atomically(out / "results.tex", "\n".join(f"% {m}\n{_latex(t)}" for m, t in content.tables.items()))
     for section in content.sections:

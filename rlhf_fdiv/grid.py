@@ -17,6 +17,7 @@ from annotated_types import MinLen
 from pydantic import ConfigDict
 
 from rlhf_fdiv import config as configs
+from rlhf_fdiv.comparison import samples_of
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.config.checks import STRICT, validate
 from rlhf_fdiv.config.files import read_yaml
@@ -178,7 +179,7 @@ def choose(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         figure = cell.metric(search.metric) if cell.state == "finished" else math.nan
         row = {key: cell.values[key] for key in search.values} | {search.metric: None if math.isnan(figure) else figure}
         tried.setdefault(_label({key: cell.values[key] for key in search.by}), []).append(row)
-        samples += cell.config.policy.max_steps * cell.config.policy.num_prompts * cell.config.policy.num_generations
+        samples += samples_of(configs.to_dict(cell.config))
     chosen = {}
     for group, rows in tried.items():
         measured = [row for row in rows if row[search.metric] is not None]
