@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ from rlhf_fdiv.tracking import RunFolder, newest_checkpoint, write_atomically
 
 def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     """Trains the policy and writes `model/`, `metrics.jsonl`, completions and checkpoints into `out`."""
+    for _ in steps(config, folder, out):
+        pass
+
+
+def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
+    """The whole stage, held after each step with its number: what a benchmark times is what users run."""
     options, f, objective, estimator = config.policy, config.f, config.objective, config.estimator
 
     # load
@@ -126,6 +133,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         if training.end_step(step):
             log.flush_completions(step)
             training.save(step)
+        yield step
 
     training.finish(tokenizer)
 
