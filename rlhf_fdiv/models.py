@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import NewGELUActivation
 
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
@@ -90,6 +91,10 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         merged.name_or_path = path  # which an adapter trained on it names as its base
         return merged
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    for module in model.modules():  # GPT-2's gelu_new, spelled out in eight passes over memory, is this very function
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
     # logits_to_keep hands the head a strided view, and PyTorch multiplies a strided view by frozen weights as B copies of
     # them: 1.8 GB copied for 32 × 25 positions of SmolLM2, five times the whole forward
     model.get_output_embeddings().register_forward_pre_hook(
