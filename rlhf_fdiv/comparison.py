@@ -193,7 +193,7 @@ def compare(table: pd.DataFrame, keys: list[str], key: str, pairs: list[tuple[st
     if unknown := [value for pair in pairs for value in pair if value not in known]:
         raise UserError(*(f"comparison: no run has {key} = {value!r}{did_you_mean(value, known)}" for value in unknown))
     others = setting_columns(table, [k for k in keys if k != key])
-    by_seed = table.assign(rest=table[others].astype(str).agg("|".join, axis=1) if others else "")
+    by_seed = table.copy().assign(rest=table[others].astype(str).agg("|".join, axis=1) if others else "")
     found = []
     for first, second in pairs:
         sides = [
