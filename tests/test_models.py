@@ -16,6 +16,7 @@ from toy import (
     trainable,
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers.activations import NewGELUActivation
 
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.model_options import LoraOptions, ModelOptions
@@ -351,3 +352,13 @@ def test_the_self_check_does_not_let_nan_pass(llama, whose):
         (policy if whose == "policy" else reference.policy).lm.lm_head.weight[0] = float("nan")
     with pytest.raises(UserError):
         self_check(policy, reference, batch)
+
+
+def test_the_fused_gelu_is_the_models_own_function(tmp_path):
+    folder = saved(tmp_path / "start", "gpt2")
+    ours = load_causal_lm(folder, options(folder, dtype="float32"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert not any(isinstance(m, NewGELUActivation) for m in ours.modules())
+    assert any(isinstance(m, NewGELUActivation) for m in theirs.modules())
+    assert (log_probs(ours) - log_probs(theirs)).abs().max() <= 1e-5
+    assert ours.config.activation_function == "gelu_new"
