@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -854,3 +855,18 @@ def test_checking_a_config_loads_no_model_library():
     )
     made = subprocess.run([sys.executable, "-c", code, str(CONFIGS[0])], capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capabilities", "dtype"),
+    [(False, {"avx2": True}, "float32"), (False, {"avx2": True, "avx512_bf16": True}, "bfloat16"),
+     (False, {"amx_bf16": True}, "bfloat16"), (True, {}, "bfloat16")],
+)  # fmt: skip
+def test_auto_is_the_dtype_that_the_machine_is_fast_in(monkeypatch, gpu, capabilities, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    config = parse(RAW | {"model": {"name_or_path": "m", "dtype": "auto"}})
+    assert config.model.dtype == dtype == to_dict(config)["model"]["dtype"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert parse(to_dict(config)) == config, "what is written down stays, whatever machine goes on with it"

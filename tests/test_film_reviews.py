@@ -11,9 +11,11 @@ from statistics import fmean
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fdiv import assets, film_reviews
 from rlhf_fdiv.film_reviews import Review
+from rlhf_fdiv.known_models import resolve_model
 
 SCORES = st.lists(st.integers(-4, 4), min_size=1, max_size=6)
 
@@ -159,7 +161,7 @@ def check_tables(tables: dict[str, list[dict]], films: int, held_out: int) -> No
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("film_reviews")
     try:
         film_reviews._write(folder)  # not build(): a folder that older code made would hide this code's faults
@@ -167,7 +169,12 @@ def real(tmp_path_factory):
         if "cannot fetch" not in str(error) or "CI" in os.environ:
             raise
         pytest.skip(str(error))
-    lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in folder.glob("*.jsonl")}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(real_folder):
+    lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in real_folder.glob("*.jsonl")}
     return {name: [json.loads(line) for line in rows] for name, rows in lines.items()}
 
 
@@ -204,3 +211,21 @@ def test_real_preferences_are_those_of_the_raters(real):
         share = fmean((a > b) + (a == b) / 2 for a in chosen for b in rejected)
         assert row["preference"] == pytest.approx(share, abs=1e-4)
         assert row["margin"] == pytest.approx(fmean(chosen) - fmean(rejected), abs=2e-4)
+
+
+def test_a_small_model_has_the_words_of_these_reviews(real, real_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(film_reviews, "build", lambda: real_folder)
+    monkeypatch.setenv("RLHF_FDIV_CACHE", str(tmp_path))
+    folder = resolve_model("reviews-gpt2")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert (len(tokenizer), model.config.vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        2048,
+        2048,
+        0,
+        1,
+    )
+    assert 0.6e6 < model.num_parameters() < 0.8e6
+    texts = [row["prompt"] + row["completion"] for row in real["sft_eval"][:50]]
+    assert tokenizer.batch_decode(tokenizer(texts)["input_ids"]) == texts
+    per_word = sum(map(len, tokenizer(texts)["input_ids"])) / sum(len(text.split()) for text in texts)
+    assert per_word < 2.5, "byte by byte it would be 6"
