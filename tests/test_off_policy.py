@@ -560,7 +560,10 @@ def test_a_share_of_zero_is_the_on_policy_path_bit_for_bit(policy, monkeypatch, 
 def test_a_share_that_nobody_falls_into_is_the_on_policy_path_up_to_rounding(policy, model):
     plain, tiny_share = policy(model, "name=plain"), policy(model, "policy.reference_share=1e-9", "name=tiny")
     for one, two in zip(jsonl(plain / "metrics.jsonl"), jsonl(tiny_share / "metrics.jsonl"), strict=True):
-        for key in one.keys() - {"seconds", "divergence_target", "loss"}:
+        divergences = {
+            key for key in one if key.startswith("to_target.")
+        }  # may be withheld in one and not in the other
+        for key in one.keys() - {"seconds", "divergence_target", "loss"} - divergences:
             assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-3), (one["step"], key)
         assert two["ess_importance"] == pytest.approx(16, abs=1e-3)
 
