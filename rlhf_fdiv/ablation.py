@@ -76,6 +76,10 @@ def report(path: Path, overrides: list[str]) -> Path:
             f"Chosen by the {ablation.search.best} of {ablation.search.metric} over runs that are none of these, of "
             f"{found['samples']:,} samples in all and as many for each: {'; '.join(values)}."
         )
+        if found["at_edge"]:
+            notes.append(
+                f"At the edge of the values tried, so that a better one may lie beyond: {', '.join(found['at_edge'])}."
+            )
     out = ablation.folder / "comparison"
     comparison_report.write_comparison(out, table, keys, claims, notes)
     return out

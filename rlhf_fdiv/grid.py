@@ -170,7 +170,8 @@ def grid_cells(ablation: Ablation, chosen: dict[str, dict[str, Any]] | None = No
 
 
 def choose(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Any]]:
-    """What the search found, by the label of the `by` values; kept with every figure in `search.json`."""
+    """What the search found, by the label of the `by` values; kept with every figure in `search.json`, and with the groups
+    whose best value is the least or the largest of those tried, so that a better one may lie beyond."""
     search = ablation.search
     assert search is not None
     sign, samples = (1 if search.best == "max" else -1), 0
@@ -180,14 +181,17 @@ def choose(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         row = {key: cell.values[key] for key in search.values} | {search.metric: None if math.isnan(figure) else figure}
         tried.setdefault(_label({key: cell.values[key] for key in search.by}), []).append(row)
         samples += samples_of(configs.to_dict(cell.config))
-    chosen = {}
+    chosen, at_edge = {}, []
     for group, rows in tried.items():
         measured = [row for row in rows if row[search.metric] is not None]
         if not measured:
             raise UserError(f"{ablation.folder}/search: no run for {group} has a {search.metric}")
         best = max(measured, key=lambda row: sign * row[search.metric])
         chosen[group] = {key: best[key] for key in search.values}
-    text = json.dumps({"samples": samples, "chosen": chosen, "tried": tried}, indent=2)
+        ordered = {k: sorted(v) for k, v in search.values.items() if all(isinstance(x, int | float) for x in v)}
+        if any(best[k] in (values[0], values[-1]) for k, values in ordered.items()):
+            at_edge.append(group)
+    text = json.dumps({"samples": samples, "chosen": chosen, "at_edge": at_edge, "tried": tried}, indent=2)
     write_atomically(ablation.folder / "search.json", text)
     return chosen
 

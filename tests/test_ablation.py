@@ -150,6 +150,7 @@ def test_the_search_takes_the_best_of_each_f_on_its_own_runs_and_says_what_it_co
             config = resolved(folder / f"{f}-seed={seed}")
             assert config["policy"]["learning_rate"] == best["policy.learning_rate"]
             assert (config["policy"]["max_steps"], config["seed"]) == (2, seed)
+    assert report["at_edge"] == ["reverse_kl", "js"], "of two values, each is an edge"
     assert report["chosen"]["reverse_kl"] == {"policy.learning_rate": 5e-2}, "a rate that learns nothing is not chosen"
 
 
@@ -165,6 +166,7 @@ def test_the_choice_is_the_best_that_was_measured(make, tmp_path, best, wanted):
             (cell.config.folder / stage / "finished.json").write_text("{}")
         (cell.config.folder / "evaluate" / "metrics.json").write_text(json.dumps({"a": {"b": value}}))
     assert grid.choose(ab, cells) == {"js": {"policy.learning_rate": wanted}}
+    assert json.loads((ab.folder / "search.json").read_text())["at_edge"] == []
     assert math.isnan(cells[3].metric("a.b"))
     (message,) = problems(cells[0].metric, "a.bb")
     assert "did you mean 'b'" in message
