@@ -41,6 +41,21 @@ def test_recall_and_precision_by_hand():
     assert found["kl_reference"] == pytest.approx(0.9 * math.log(1.8) + 0.08 * math.log(0.32) + 0.02 * math.log(0.08))
 
 
+def test_no_policy_is_above_the_frontier():
+    """At every β the frontier's E[r] − β·KL is the largest that there is, and its own points lie on it."""
+    generator = torch.Generator().manual_seed(0)
+    log_pi, log_a = torch.randn(2, 3, 50, generator=generator, dtype=torch.float64).log_softmax(-1)
+    reward = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+    found = metrics.exact_report([], log_pi, log_a, (log_a + reward / 0.3).log_softmax(1), reward)
+    rows = found["frontier"]
+    for row in rows:
+        best = row["reward"] - row["beta"] * row["kl_reference"]
+        assert best == pytest.approx(float(row["beta"] * torch.logsumexp(log_a + reward / row["beta"], 1).mean()))
+        assert best >= found["reward"] - row["beta"] * found["kl_reference"]
+    assert [r["kl_reference"] for r in rows] == sorted((r["kl_reference"] for r in rows), reverse=True)
+    assert metrics.exact_report([], log_pi, log_a, log_a, reward.where(reward < 1, -math.inf))["frontier"] == []
+
+
 def test_the_toys_reward_has_its_modes():
     assert assets.toy_reward([], ["a b a b", "c c d d", "d b c a", "a b a b a", ""]) == [1.0, 0.9, 0.8, 0.8, 0.0]
 
