@@ -105,19 +105,21 @@ def run_cells(cells: list[Cell], metric: str, how: How) -> bool:
     """Runs those that are open, `how.jobs` at a time; True where all are finished in the end."""
     waiting = [cell for cell in cells if cell.state == "open" or (how.retry and cell.state == "failed")]
     running: dict[Any, Cell] = {}
-    pool: Any = None
+    pool: Any = _executor(how) if waiting else None
     with Board(list(waiting), metric) as board:
         while waiting or running:
-            pool = pool or _executor(how)
             while waiting and len(running) < how.jobs:
-                cell = waiting.pop(0)
-                board.started(cell)
-                running[pool.submit(_run_cell, cell, how.launch)] = cell
+                board.started(waiting[0])
+                try:
+                    future = pool.submit(_run_cell, waiting[0], how.launch)
+                except BrokenProcessPool:  # by a cell that died, and whose future tells of it below
+                    pool = _executor(how)
+                    continue
+                running[future] = waiting.pop(0)
             for future in [f for f in running if f.done()]:
                 cell = running.pop(future)
                 if (error := future.exception()) is not None:  # not of the cell, whose own end in failed.txt
                     cell.failure.write_text(f"its process ended: {error!r}\n", encoding="utf-8")
-                    pool = None if isinstance(error, BrokenProcessPool) else pool
                 board.ended(cell)
             time.sleep(0.02)
     if hasattr(pool, "shutdown"):
