@@ -152,7 +152,10 @@ def _sections(
         sections.append(Section("cross_table", "Every model under every divergence", text, figures))
     measured = [c for c in curves if c.startswith("to_target.")]
     if measured:
-        text = "The same while training, from each step's own completions: means over seeds, with 1.96 standard errors."
+        text = (
+            "The same while training, from each step's own completions where these can measure it: means over seeds, with "
+            "1.96 standard errors."
+        )
         figures = {}
         for column in measured:
             name = f"D to the target: {column.removeprefix('to_target.')}"

@@ -21,6 +21,7 @@ def test_a_notebook_runs_as_it_is_committed(text, monkeypatch):
     )
     shown = [out for cell in notebook.cells for out in cell.get("outputs", ())]
     assert shown, "is committed without what it shows"
+    assert not [out for out in shown if out.get("name") == "stderr"], "warnings name the machine that made them"
     assert all("image/png" in out.get("data", {}) or out.output_type != "display_data" for out in shown)
     NotebookClient(notebook, timeout=170, resources={"metadata": {"path": str(FOLDER)}}).execute()
 

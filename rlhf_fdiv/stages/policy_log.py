@@ -59,12 +59,8 @@ class Log:
             figures["ess_importance"] = float(effective_sample_size(weights.log()))
             figures["clipped_importance"] = float((weights >= self.config.policy.max_importance_weight).float().mean())
         drawn = own.bool()
-        groups, to_target = (torch.arange(len(whole)) // k)[drawn.cpu()], dict.fromkeys(self.measured, math.nan)
-        if len(groups) >= 2:  # of a large reference_share the policy may have drawn none
-            log_pi_own, log_p_own = log_pi[drawn], log_p[drawn]
-            to_target = {
-                n: divergences.estimate(f, log_pi_own, log_p_own, groups).value for n, f in self.measured.items()
-            }
+        groups = (torch.arange(len(whole)) // k)[drawn.cpu()]
+        to_target = self._divergences(log_pi[drawn], log_p[drawn], groups)
         log_pi, log_ref, potential, log_z, entropy, lengths, finished, _, _, *score_columns = whole[drawn].unbind(1)
         kl = float((log_pi - log_ref).mean())
         values = {
@@ -95,6 +91,12 @@ class Log:
                 f"      warning: the objective ({values['objective']:.3g}) is below that of the untouched model "
                 f"({self.first_objective:.3g}) while training goes on: a lower learning rate usually mends this"
             )
+
+    def _divergences(self, log_pi: Tensor, log_p: Tensor, groups: Tensor) -> dict[str, float]:
+        """Each measured D to the target, the run's own f first; nan where these completions cannot measure it."""
+        if len(groups) < 2:  # of a large reference_share the policy may have drawn none
+            return dict.fromkeys(self.measured, math.nan)
+        return {name: divergences.estimate(f, log_pi, log_p, groups).value for name, f in self.measured.items()}
 
     def flush_completions(self, step: int) -> None:
         """One Parquet file for the completions since the last checkpoint."""
