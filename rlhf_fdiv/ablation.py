@@ -159,6 +159,8 @@ def _limit_threads(count: int) -> None:
 
 
 def _submitit(options: dict[str, Any]) -> Any:
+    # its import would configure logging anew, which closes the handlers that others have, and the streams that absl's hold
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
     try:
         import submitit
     except ImportError as error:
