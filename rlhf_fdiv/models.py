@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.model_options import ModelOptions
-from rlhf_fdiv.sequences import Sequences, token_log_probs
+from rlhf_fdiv.sequences import Sequences, chunked_log_probs, token_log_probs
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -105,22 +105,23 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
 
 class TokenOutputs(NamedTuple):
     """[B, T] each: log π of the completion's tokens, zero at padding; V(x, y_<t) where there is a value head. And the
-    logits of every next token, [B, T, V]."""
+    logits of every next token, [B, T, V], unless they were made a chunk at a time."""
 
     log_probs: Tensor
     values: Tensor | None
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Policy(nn.Module):
     """A causal LM and, for ppo, a value head on its last hidden states: one module, so that one wrapper shards both.
 
-    Stays in eval mode: with dropout the ratio of a policy to itself would not be 1.
+    Stays in eval mode: with dropout the ratio of a policy to itself would not be 1. With `logprob_chunk` the logits exist
+    for that many tokens at a time only, and are made again in the backward pass.
     """
 
-    def __init__(self, lm: nn.Module, value_head: bool = False) -> None:
+    def __init__(self, lm: nn.Module, value_head: bool = False, logprob_chunk: int = 0) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.logprob_chunk = lm, logprob_chunk
         self.value_head: nn.Linear | None = None
         if value_head:
             config: Any = lm.config
@@ -131,6 +132,12 @@ class Policy(nn.Module):
 
     def forward(self, sequences: Sequences) -> TokenOutputs:
         length = sequences.mask.shape[1]
+        if self.logprob_chunk:
+            base = _plain(self.lm)
+            hidden = base.base_model(**sequences.model_inputs(), use_cache=False).last_hidden_state[:, -length - 1 : -1]
+            head, tokens, mask = base.get_output_embeddings(), sequences.completion_ids, sequences.mask
+            log_probs = chunked_log_probs(head, hidden, tokens, mask, self.logprob_chunk)
+            return TokenOutputs(log_probs, self._values(hidden, mask), None)
         out = self.lm(
             **sequences.model_inputs(),
             logits_to_keep=length + 1,
@@ -139,18 +146,48 @@ class Policy(nn.Module):
         )
         logits = out.logits[:, -length - 1 : -1]
         log_probs = token_log_probs(logits, sequences.completion_ids, sequences.mask)
+        hidden = out.hidden_states[-1][:, -length - 1 : -1] if self.value_head is not None else logits
+        return TokenOutputs(log_probs, self._values(hidden, sequences.mask), logits)
+
+    def _values(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
         if self.value_head is None:
-            return TokenOutputs(log_probs, None, logits)
-        hidden = out.hidden_states[-1][:, -length - 1 : -1].to(self.value_head.weight.dtype)
-        return TokenOutputs(log_probs, self.value_head(hidden).squeeze(-1) * sequences.mask, logits)
+            return None
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1) * mask
 
 
-def load_policy(name_or_path: str, options: ModelOptions, value_head: bool = False) -> tuple[Policy, Reference]:
+def _plain(lm: Any) -> Any:
+    """The transformers model under an adapter; itself where there is none."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+@torch.no_grad()
+def require_plain_head(lm: Any) -> None:
+    """Raises UserError where a model's logits are not its head of its last hidden states, and nothing else."""
+    tokens, seen = torch.arange(lm.get_input_embeddings().num_embeddings, device=lm.device)[None, :8], []
+
+    def louder(head: nn.Module, inputs: Any, logits: Tensor) -> Tensor:  # even a soft cap far above the logits shows
+        seen.extend([inputs[0], 1000 * logits])
+        return seen[1]
+
+    hook = lm.get_output_embeddings().register_forward_hook(louder)
+    logits = lm(tokens).logits
+    hook.remove()
+    if not (torch.equal(seen[0], lm.base_model(tokens).last_hidden_state) and torch.equal(seen[1], logits)):
+        raise UserError(
+            "logprob_chunk: this model's logits are not those of its head alone (a scale or a soft cap?); leave it out"
+        )
+
+
+def load_policy(
+    name_or_path: str, options: ModelOptions, value_head: bool = False, logprob_chunk: int = 0
+) -> tuple[Policy, Reference]:
     """The policy to train and its frozen reference, both at the weights of `name_or_path`."""
     lm = load_causal_lm(name_or_path, options)
+    if logprob_chunk:
+        require_plain_head(lm)
     if options.lora is None:
-        frozen = copy.deepcopy(lm).requires_grad_(False)
-        return Policy(lm, value_head), Reference(Policy(frozen), adapter_off=False)
+        frozen = Policy(copy.deepcopy(lm).requires_grad_(False), logprob_chunk=logprob_chunk)
+        return Policy(lm, value_head, logprob_chunk), Reference(frozen, adapter_off=False)
     from peft import LoraConfig, get_peft_model
 
     lora = options.lora
@@ -161,7 +198,7 @@ def load_policy(name_or_path: str, options: ModelOptions, value_head: bool = Fal
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    policy = Policy(get_peft_model(lm, config), value_head)  # type: ignore[arg-type]
+    policy = Policy(get_peft_model(lm, config), value_head, logprob_chunk)  # type: ignore[arg-type]
     return policy, Reference(policy, adapter_off=True)
 
 

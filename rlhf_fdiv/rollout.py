@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from rlhf_fdiv.estimators import importance_weights
 from rlhf_fdiv.sequences import Sequences, pad, pad_to_longest, sequence_sum, token_log_probs, wide
@@ -119,7 +120,7 @@ def _decode(
     lm: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor, eos: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each prompt is read once and its cache expanded; completions that have ended leave the batch."""
-    cache = DynamicCache(config=lm.config)
+    cache = _in_place(DynamicCache(config=lm.config))
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     out = lm(
         input_ids=prompt_ids,
@@ -157,6 +158,41 @@ def _decode(
         )
         logits = wide(out.logits[:, -1])
     raise AssertionError("unreachable: the loop returns at its last step")
+
+
+class _Appending(DynamicLayer):
+    """A cache layer with room to spare: a new token is written behind the others, which need not be copied for it."""
+
+    room = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", key_states)
+        self.values = self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(self, which: str, new: Tensor) -> Tensor:
+        old, buffer = getattr(self, which), self.buffers.get(which)
+        if not old.numel():
+            return new
+        length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
+        # what was repeated or selected since is no longer a part of the buffer
+        if buffer is None or buffer.data_ptr() != old.data_ptr() or buffer.shape[-2] < total:
+            buffer = self.buffers[which] = new.new_empty(*new.shape[:-2], total + self.room, new.shape[-1])
+            buffer[..., :length, :] = old
+        buffer[..., length:total, :] = new
+        return buffer[..., :total, :]
+
+
+def _in_place(cache: DynamicCache) -> DynamicCache:
+    """The cache with its plain layers made appending; those of sliding windows stay as they are."""
+    cache.layers = [_Appending() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _inverse_cdf(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

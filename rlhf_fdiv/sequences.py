@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -88,6 +90,20 @@ def token_log_probs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """
     labels = tokens.masked_fill(mask == 0, -100)  # ignored, even where padding is a token that the model rules out
     return -F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), reduction="none").view_as(tokens)
+
+
+def chunked_log_probs(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, mask: Tensor, chunk: int
+) -> Tensor:
+    """`token_log_probs` of head(hidden), hidden [B, T, H], with the logits of `chunk` tokens in memory at a time."""
+
+    def of(hidden: Tensor, tokens: Tensor) -> Tensor:
+        return -F.cross_entropy(wide(head(hidden)), tokens, reduction="none")
+
+    kept = mask.bool()
+    parts = zip(hidden[kept].split(chunk), tokens[kept].split(chunk), strict=True)
+    values = torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(kept, values)
 
 
 def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:

@@ -15,12 +15,20 @@ from toy import (
     tiny_lm,
     trainable,
 )
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.activations import NewGELUActivation
 
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.model_options import LoraOptions, ModelOptions
-from rlhf_fdiv.models import Policy, context_length, load_causal_lm, load_policy, load_tokenizer, save_policy
+from rlhf_fdiv.models import (
+    Policy,
+    context_length,
+    load_causal_lm,
+    load_policy,
+    load_tokenizer,
+    require_plain_head,
+    save_policy,
+)
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
 from rlhf_fdiv.sequences import Sequences
 from rlhf_fdiv.stages.policy import self_check
@@ -166,6 +174,41 @@ def test_a_new_value_head_says_zero_and_there_is_none_unless_asked_for():
     policy = Policy(tiny_lm(), value_head=True).double()
     assert (policy(everything()[:5]).values == 0).all()
     assert Policy(tiny_lm())(everything()[:5]).values is None
+
+
+# -- logits by chunks --------------------------------------------------------------------------------------------------
+
+
+@FULL_OR_LORA
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_chunks_change_neither_log_probs_nor_values_nor_gradients(folder, lora, chunk):
+    def both(**kwargs):
+        torch.manual_seed(0)
+        policy, reference = load_policy(folder, options(folder, lora), value_head=True, **kwargs)
+        torch.nn.init.normal_(policy.value_head.weight)
+        move(policy)
+        batch = everything()[torch.arange(0, 363, 3)]
+        out = policy.double()(batch)
+        weight = torch.randn(out.log_probs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        ((out.log_probs + out.values) * weight).sum().backward()
+        return out, reference.log_probs(batch), [p.grad for p in trainable(policy) if p.grad is not None]
+
+    (plain, log_a, gradients), (ours, our_log_a, our_gradients) = both(), both(logprob_chunk=chunk)
+    assert ours.logits is None
+    assert torch.allclose(ours.log_probs, plain.log_probs, rtol=0, atol=1e-12)
+    assert torch.allclose(ours.values, plain.values, rtol=0, atol=1e-12)
+    assert torch.allclose(our_log_a, log_a, rtol=0, atol=1e-12)
+    assert len(our_gradients) == len(gradients) > 2
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-10) for a, b in zip(our_gradients, gradients, strict=True))
+
+
+def test_chunks_are_refused_where_the_head_is_not_all_that_makes_the_logits(llama):
+    lm = load_causal_lm(llama, options(llama))
+    require_plain_head(lm)
+    config = Gemma2Config(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                          num_key_value_heads=1, head_dim=8, final_logit_softcapping=30.0)  # fmt: skip
+    with pytest.raises(UserError, match=r"logprob_chunk: .*soft cap"):
+        require_plain_head(Gemma2ForCausalLM(config).eval())
 
 
 # -- disk --------------------------------------------------------------------------------------------------------------

@@ -476,14 +476,17 @@ def test_a_completion_is_cut_at_its_length_without_a_pretended_end(prefer, start
     assert (margin - uncut).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_the_size_of_a_micro_batch_does_not_change_the_steps(prefer, size):
+@pytest.mark.parametrize(
+    "otherwise", ["per_device_train_batch_size=1", "per_device_train_batch_size=5", "logprob_chunk=7"]
+)
+def test_micro_batches_and_chunks_do_not_change_the_steps(prefer, otherwise):
     """5 divides no batch of 6; padding is another in every split."""
     args = (
         FULL, "model.dtype=float64", "divergence=chi_mix", "prefer.optim=sgd", "prefer.learning_rate=.2",
         "data.preferences_eval=null",
     )  # fmt: skip
-    outs = [prefer(*args, f"name=of{n}", f"prefer.per_device_train_batch_size={n}") for n in (6, size)]
+    ways = ("per_device_train_batch_size=6", otherwise)
+    outs = [prefer(*args, f"name=of{n}", f"prefer.{way}") for n, way in enumerate(ways)]
     assert away(*(weights(out / "model") for out in outs)) <= 1e-7
     rows = [without_time(jsonl(out / "metrics.jsonl")) for out in outs]
     for whole, split in zip(*rows, strict=True):

@@ -25,9 +25,10 @@ from toy import (
     tiny_lm,
     with_adapter,
 )
+from transformers import DynamicCache
 
 from rlhf_fdiv.models import Policy
-from rlhf_fdiv.rollout import Rollout, _inverse_cdf, sample, uniforms
+from rlhf_fdiv.rollout import Rollout, _Appending, _in_place, _inverse_cdf, sample, uniforms
 
 ENGINES = ("cached", "generate")
 PRECISION = {"cached": 1e-10, "generate": 1e-6}  # generate hands its logits out in float32, whatever the model's dtype
@@ -116,6 +117,34 @@ def test_entropies_are_those_of_the_visited_states(engine, architecture):
         )
     assert (entropy[sequences.mask == 0] == 0).all()
     assert (log_probs[sequences.mask == 0] == 0).all()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_cache_holds_what_a_plain_one_does_whatever_is_done_to_it(data):
+    """Tokens appended, rows repeated and left out in any order, with room for two tokens at a time."""
+    plain, ours = DynamicCache(), _in_place(DynamicCache(config=tiny_lm().config))
+    assert {type(layer) for layer in ours.layers} == {_Appending}
+    for layer in ours.layers:
+        layer.room = 2
+    rows = data.draw(st.integers(1, 3))
+    for i in range(data.draw(st.integers(1, 12))):
+        what = data.draw(st.sampled_from(["append", "append", "append", "repeat", "select"])) if i else "append"
+        if what == "append":
+            new = torch.randn(2, rows, 2, data.draw(st.integers(1, 4)), 3)
+            held = [cache.update(*new, 0) for cache in (plain, ours)]
+        elif what == "repeat":
+            rows *= 2
+            plain.batch_repeat_interleave(2)
+            ours.layers[0].batch_repeat_interleave(2)
+        else:
+            keep = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, unique=True)))
+            rows = len(keep)
+            plain.batch_select_indices(keep)
+            ours.layers[0].batch_select_indices(keep)
+        held = [(cache.layers[0].keys, cache.layers[0].values) for cache in (plain, ours)]
+        assert all(torch.equal(a, b) for a, b in zip(*held, strict=True))
+        assert ours.get_seq_length() == plain.get_seq_length()
 
 
 # -- its noise alone ---------------------------------------------------------------------------------------------------

@@ -453,6 +453,16 @@ def test_model_kinds_and_engines(policy, model, dtype, engine, start):
     assert away(weights(out / "model"), weights(Path(start))) > 1e-4
 
 
+@pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
+def test_logits_by_chunks_train_the_same_policy(policy, model):
+    runs = [policy(model, f"name=by{n}", f"policy.logprob_chunk={n}", "policy.max_steps=3") for n in (0, 5)]
+    plain, chunked = (jsonl(out / "metrics.jsonl") for out in runs)
+    for a, b in zip(plain, chunked, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-5)
+        assert b["rollout_mismatch"] < 1e-5
+    assert away(*(weights(out / "model") for out in runs)) < 1e-4
+
+
 def test_evaluate_reads_the_lambdas_that_the_policy_stage_solved(policy):
     overrides = (
         "stages=[policy, evaluate]",

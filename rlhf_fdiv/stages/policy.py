@@ -56,7 +56,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     source = str(config.data.prompts_train)
     rows = read_rows(source, PROMPTS)
     prompt_ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - options.max_completion_length)
-    policy, reference = load_policy(start, config.model, estimator.value_head)
+    policy, reference = load_policy(start, config.model, estimator.value_head, options.logprob_chunk)
     log_partition = LogPartition()
     training = Training(policy, options, out, accelerator, config.report_to, log_partition=log_partition)
     reference.to(accelerator.device)

@@ -44,7 +44,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         held_out = read_rows(source, PREFERENCES)
         held_out_pairs = tokenize_pairs(held_out, tokenizer, source, options.max_completion_length, context)
     labels = soft_labels(rater_shares(rows), objective.label_smoothing).to(accelerator.device)
-    policy, reference = load_policy(start, config.model)
+    policy, reference = load_policy(start, config.model, logprob_chunk=options.logprob_chunk)
     training = Training(policy, options, out, accelerator, config.report_to)
     reference.to(accelerator.device)
 
