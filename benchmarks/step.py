@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
+    Cache,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from transformers.cache_utils import DynamicLayer
 
 PROMPTS, GENERATIONS, LENGTH, RATE = 8, 8, 40, 1e-5
 
@@ -168,6 +169,29 @@ def finish(optimiser: Any, policy: Any, log_pi: Any, log_a: Any, score: Any) -> 
     optimiser.zero_grad(set_to_none=True)
 
 
+class Preallocated(DynamicLayer):
+    """Keys and values of the final size, written in place."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        else:
+            width = self.keys.shape[2] + 1
+            for whole, new in zip(self.whole, (key_states, value_states), strict=True):
+                whole[:, :, width - 1 : width] = new
+            self.keys, self.values = (whole[:, :, :width] for whole in self.whole)
+        return self.keys, self.values
+
+    def expand(self) -> None:
+        self.whole = []
+        for x in (self.keys, self.values):
+            whole = x.new_empty(x.shape[0] * GENERATIONS, x.shape[1], x.shape[2] + LENGTH, x.shape[3])
+            whole[:, :, : x.shape[2]] = x.repeat_interleave(GENERATIONS, 0)
+            self.whole.append(whole)
+        self.keys, self.values = (whole[:, :, : self.keys.shape[2]] for whole in self.whole)
+
+
 def tuned_floor(folder: Path, setup: Setup, out: Path) -> Iterator[Any]:
     """The same maths, as fast as we know how to write it: prompts read once, inverse CDF, cross_entropy on completions."""
     policy, reference, tokenizer, prompts = load(folder, setup)
@@ -181,10 +205,11 @@ def tuned_floor(folder: Path, setup: Setup, out: Path) -> Iterator[Any]:
         with torch.no_grad():
             attention = batch.attention_mask
             positions = (attention.cumsum(1) - 1).clamp(min=0)
-            cache = DynamicCache(config=policy.config)
+            cache = Cache(layers=[Preallocated() for _ in range(policy.config.num_hidden_layers)])
             logits = policy(input_ids=batch.input_ids, attention_mask=attention, position_ids=positions,
                             past_key_values=cache, logits_to_keep=1).logits[:, -1]  # fmt: skip
-            cache.batch_repeat_interleave(GENERATIONS)
+            for layer in cache.layers:
+                layer.expand()
             logits, position = (x.repeat_interleave(GENERATIONS, 0) for x in (logits, positions[:, -1:]))
             attention = torch.cat([attention.repeat_interleave(GENERATIONS, 0), attention.new_ones(rows, LENGTH)], 1)
             completion, uniform = (
@@ -263,12 +288,19 @@ def trl(folder: Path, setup: Setup, out: Path, kind: str) -> Iterator[Any]:
     return iter(turns)
 
 
+IN_CHUNKS = 256
 CONTESTANTS: dict[str, Callable[..., Iterator[Any]]] = {
     "ours": ours,
     "hf_floor": hf_floor,
     "tuned_floor": tuned_floor,
     "trl_grpo": lambda *args: trl(*args, kind="GRPO"),
     "trl_rloo": lambda *args: trl(*args, kind="RLOO"),
+}
+FOR_PEAK = {
+    "ours": ours,
+    "chunked": lambda *args: ours(*args, logprob_chunk=IN_CHUNKS),
+    "trl_grpo": CONTESTANTS["trl_grpo"],
+    "trl_rloo": CONTESTANTS["trl_rloo"],
 }
 
 
@@ -289,7 +321,7 @@ def measure(name: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]
                 next(iterator)
                 if turn >= 2:  # two to warm up
                     seconds[who].append((time.process_time() - cpu, time.perf_counter() - wall))
-        peak = {who: peak_memory(name, who) for who in ("ours", "trl_grpo", "trl_rloo")}
+        peak = {who: peak_memory(name, who) for who in FOR_PEAK}
     cpu, wall = ({who: [pair[i] for pair in pairs] for who, pairs in seconds.items()} for i in (0, 1))
     median = {who: statistics.median(values) for who, values in cpu.items()}
     log(f"\n{name}: {PROMPTS} × {GENERATIONS} completions of {LENGTH} tokens, {setup.dtype}; {steps} steps each\n")
@@ -297,6 +329,8 @@ def measure(name: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]
     for who, values in cpu.items():
         log(f"{who:12} {median[who]:8.3f} {min(values):8.3f} {max(values):8.3f} {statistics.median(wall[who]):8.3f} "
             f"{median[who] / median['hf_floor']:12.3f} {peak.get(who, float('nan')):8.0f}")  # fmt: skip
+
+    log(f"{'chunked':12} {'with policy.logprob_chunk=' + str(IN_CHUNKS):>48} {peak['chunked']:8.0f}")
 
     def ratio(a: str, b: str) -> float:
         """The median of the ratios of neighbours in time, which drift less than their medians."""
@@ -307,6 +341,7 @@ def measure(name: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]
         "over_tuned_floor": round(ratio("ours", "tuned_floor"), 3),
         "trl_best_over_ours": round(min(ratio(who, "ours") for who in ("trl_grpo", "trl_rloo")), 3),
         "peak_mb": round(peak["ours"]),
+        "chunked_peak_mb": round(peak["chunked"]),
         "trl_peak_mb": round(min(peak["trl_grpo"], peak["trl_rloo"])),
     }
 
@@ -341,7 +376,7 @@ def peak_here(name: str, who: str) -> None:
         os.wait()
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = resident("VmRSS")
-        running = CONTESTANTS[who](folder, setup, Path(place) / "out")
+        running = FOR_PEAK[who](folder, setup, Path(place) / "out")
         for _ in range(3):
             next(running)
         print(resident("VmHWM") - before, flush=True)
@@ -355,7 +390,7 @@ def main() -> None:
     parser.add_argument(
         "--json", action="store_true", help="the tables go to stderr, and the last line of stdout is JSON"
     )
-    parser.add_argument("--peak-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=FOR_PEAK, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
