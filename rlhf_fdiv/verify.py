@@ -35,9 +35,10 @@ from rlhf_fdiv.divergences import Divergence, exact, label
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.estimators import GRPO, PPO, RLOO, Reinforce, policy_loss
 from rlhf_fdiv.models import Policy, Reference
-from rlhf_fdiv.objectives import Match, Regularise, chain_rule_factor, token_rewards
+from rlhf_fdiv.objectives import Match, Regularise, chain_rule_factor
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
 from rlhf_fdiv.sequences import sequence_sum
+from rlhf_fdiv.stages.policy import rewards_of
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training
 from rlhf_fdiv.targets import LogPartition, Moments, Pointwise, Product, Tilted
@@ -76,7 +77,8 @@ CASES = (
 )
 DEFAULTS = Case("ppo, defaults of the library", PPO(num_epochs=1, num_minibatches=1, vf_coef=0.0),
                 f"lam = {PPO.lam}, whitened")  # fmt: skip
-SECOND_EPOCH = Case("ppo, second epoch", replace(ONE_PASS, num_epochs=2), "f' frozen, clipped")
+SECOND_EPOCHS = (Case("reinforce, second epoch", Reinforce(num_epochs=2)),
+                 Case("ppo, second epoch", replace(ONE_PASS, num_epochs=2), "f' frozen, clipped"))  # fmt: skip
 LOCAL_Z = Case("rloo, batch-local Z", RLOO(), f"log Ẑ from {K} samples")
 
 
@@ -143,17 +145,17 @@ class Proof:
                 yield from (row._replace(status="undefined", reason=conflict) for row in blank)
                 continue
             problem = Problem(self, f, objective, target)
-            for case in (*CASES, *((DEFAULTS, SECOND_EPOCH, local_z) if plain else ())):
+            for case in (*CASES, *((DEFAULTS, *SECOND_EPOCHS, local_z) if plain else ())):
                 row = Row(label(f), objective.name, name, case.name)
                 try:
                     yield verdict(row, case, *problem.gradients(case))
                 except UserError as error:  # Training refuses a loss or gradient that is not finite
                     yield row._replace(reason=error.problems[0])
 
-    def step(self, estimator: Any, rewards: Tensor) -> Tensor:
+    def step(self, estimator: Any, rewards: Callable[..., Tensor]) -> Tensor:
         """Leaves the weights where the stage's update takes them; returns how far that was, in units of LR, [D]."""
         vector_to_parameters(self.start.clone(), self.lm.parameters())
-        update(self.trainings[estimator.value_head], estimator, self.batch, rewards, seed=0)
+        update(self.trainings[estimator.value_head], estimator, self.batch, rewards(self.log_pi), 0, rewards)
         return (self.start - parameters_to_vector(self.lm.parameters()).detach()) / LR
 
     def sampled(self, estimator: Any, rewards_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -233,18 +235,20 @@ class Problem:
         self.potential = target.potential(toy.scores())
         log_weights = sequence_sum(proof.log_a, proof.mask) + self.potential - proof.batch.log_mu
         log_z = LogPartition().update(proof.batch.prompts, log_weights.view(P, N))
-        self.rewards = self.rewards_of(torch.arange(P * N), log_z.repeat_interleave(N))
+        self.rewards = self.rewards_of(slice(None), log_z.repeat_interleave(N))
         vector_to_parameters(proof.start.clone(), proof.lm.parameters())
         self.gradient = self.gradient_here()
 
-    def rewards_of(self, rows: Tensor, log_z: Tensor) -> Tensor:
-        log_pi, log_a, mask = (x[rows] for x in (self.proof.log_pi, self.proof.log_a, self.proof.mask))
-        return token_rewards(self.objective, self.f, log_pi, log_a, mask, self.potential[rows], log_z)
+    def rewards_of(self, rows: Any, log_z: Tensor) -> Callable[..., Tensor]:
+        """As the stage makes them, a function of log π."""
+        fixed = (x[rows] for x in (self.proof.log_a, self.proof.mask, self.potential))
+        return rewards_of(self.objective, self.f, *fixed, log_z)
 
     def rewards_with_local_z(self, rows: Tensor) -> Tensor:
         log_pi, log_a = (sequence_sum(x, self.proof.mask)[rows] for x in (self.proof.log_pi, self.proof.log_a))
         groups = (log_a + self.potential[rows] - log_pi).view(-1, K)
-        return self.rewards_of(rows, LogPartition().update([*range(len(groups))], groups).repeat_interleave(K))
+        log_z = LogPartition().update([*range(len(groups))], groups).repeat_interleave(K)
+        return self.rewards_of(rows, log_z)(self.proof.log_pi[rows])
 
     def gradient_here(self) -> Tensor:
         """The exact gradient where the weights now stand, [D]."""
@@ -262,9 +266,10 @@ class Problem:
         if case.name == LOCAL_Z.name:
             return *self.proof.sampled(case.estimator, self.rewards_with_local_z), self.gradient
         if case.estimator.min_generations > 1:
-            return *self.proof.sampled(case.estimator, lambda rows: self.rewards[rows]), self.gradient
+            rewards = self.rewards(self.proof.log_pi)
+            return *self.proof.sampled(case.estimator, lambda rows: rewards[rows]), self.gradient
         found, no_error = self.proof.step(case.estimator, self.rewards), torch.zeros_like(self.gradient)
-        if case is not SECOND_EPOCH:
+        if case not in SECOND_EPOCHS:
             return found, no_error, self.gradient
         first = self.proof.step(replace(case.estimator, num_epochs=1), self.rewards)
         return found - first, no_error, self.gradient_here()

@@ -14,9 +14,10 @@ from rlhf_fdiv.ranges import Count, Positive
 
 @dataclass(frozen=True)
 class Reinforce:
-    """score·∇log π, no baseline: unbiased, and the most variance (Williams 1992)."""
+    """score·∇log π, no baseline: unbiased, and the most variance (Williams 1992). Each of `num_epochs` takes the scores anew,
+    of the policy as it is by then, and weighs the completions by π/μ."""
 
-    num_epochs: ClassVar[int] = 1
+    num_epochs: Count = 1
     clip_range: ClassVar[float | None] = None
     value_head: ClassVar[bool] = False
     min_generations: ClassVar[int] = 1
@@ -64,7 +65,6 @@ class GRPO(Reinforce):
 
     scale_rewards: bool = True
     clip_range: Positive | None = 0.2  # type: ignore[misc]
-    num_epochs: Count = 1  # type: ignore[misc]
     min_generations: ClassVar[int] = 2
     name: ClassVar[str] = "grpo"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from rlhf_fdiv import targets
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PROMPTS, extra_columns, read_rows, tokenize_prompts
+from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, Reference, context_length, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import token_rewards
@@ -122,8 +123,8 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         log_z = log_z.repeat_interleave(options.num_generations)
 
         # pseudo-reward and update
-        rewards = token_rewards(objective, f, log_pi, log_a, mask, potential, log_z)
-        figures = update(training, estimator, batch, rewards, config.seed * 1_000_003 + step)
+        rewards = rewards_of(objective, f, log_a, mask, potential, log_z)
+        figures = update(training, estimator, batch, rewards(log_pi), config.seed * 1_000_003 + step, rewards)
         figures["coverage"] = log_partition.coverage
         drawn = accelerator.gather(batch.drawn)
         figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()}, training.schedule)
@@ -203,6 +204,16 @@ def share_log_z(accelerator: Accelerator, log_partition: LogPartition, prompts: 
     log_z = log_partition.update(gather_object(prompts), *everyone.unbind(-1))
     first = accelerator.process_index * len(prompts)
     return log_z[first : first + len(prompts)]
+
+
+def rewards_of(objective: Any, f: Divergence, log_a: Tensor, mask: Tensor, *by_text: Tensor) -> Callable[..., Tensor]:
+    """`token_rewards` of one rollout as a function of log π, [B, T], of all its completions or of some rows."""
+
+    def rewards(log_pi: Tensor, rows: Any = slice(None)) -> Tensor:
+        by_token = (x[rows, : log_pi.shape[1]] for x in (log_a, mask))
+        return token_rewards(objective, f, log_pi, *by_token, *(x[rows] for x in by_text))
+
+    return rewards
 
 
 @torch.no_grad()

@@ -1,33 +1,46 @@
-"""One rollout's optimiser steps: one for reinforce, rloo and grpo; epochs × minibatches for ppo."""
+"""One rollout's optimiser steps: one an epoch for reinforce, rloo and grpo; epochs × minibatches for ppo."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.estimators import policy_loss
+from rlhf_fdiv.estimators import importance_weights, policy_loss
 from rlhf_fdiv.estimators.loss import clip_fraction
 from rlhf_fdiv.estimators.ppo import explained_variance
 from rlhf_fdiv.rollout import Rollout
+from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.training import Training
 
 
-def update(training: Training, estimator: Any, batch: Rollout, rewards: Tensor, seed: int) -> dict[str, float]:
-    """Trains on one rollout, `rewards` [B, T] by token; returns loss, grad_norm and the estimator's own figures."""
-    options, mask = training.options, batch.sequences.mask
+def update(
+    training: Training,
+    estimator: Any,
+    batch: Rollout,
+    rewards: Tensor,
+    seed: int,
+    rescore: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """Trains on one rollout, `rewards` [B, T] by token; returns loss, grad_norm and the estimator's own figures.
+
+    Where an estimator without clipping goes over it again, `rescore(log_pi, rows)` gives the rewards of the policy as it
+    is by then, and weights π/μ make up for the samples being older: each epoch follows the objective's own gradient.
+    """
+    options, mask, k = training.options, batch.sequences.mask, training.options.num_generations
     old_values = None
     old_log_probs: Tensor | None = batch.log_probs
     minibatches = min(getattr(estimator, "num_minibatches", 1), len(mask))
+    on_policy = estimator.clip_range is None and not estimator.value_head
     if estimator.value_head:
         old_log_probs, old_values = forward(training.policy, batch, options.per_device_train_batch_size)
-    elif estimator.num_epochs == 1:
-        old_log_probs = None  # on policy: the ratio is exactly 1, and its gradient that of log π
-    weights = batch.weights(options.max_importance_weight)
-    advantages, returns = estimator(rewards, mask, options.num_generations, old_values, weights)
+    elif on_policy or estimator.num_epochs == 1:
+        old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
+    advantages, returns = estimator(rewards, mask, k, old_values, batch.weights(options.max_importance_weight))
     figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
-    differences: list[Tensor] = []
+    first, differences = torch.zeros_like(batch.log_probs), list[Tensor]()
 
     def loss_of(rows: Tensor) -> Tensor:
         sequences = batch.sequences[rows]
@@ -37,14 +50,21 @@ def update(training: Training, estimator: Any, batch: Rollout, rewards: Tensor, 
         ]
         old, advantage, old_value, goal = part
         out = training.policy(sequences)
-        old = out.log_probs.detach() if old is None else old
+        now = out.log_probs.detach()
+        old = now if old is None else old
         if not figures["loss"]:  # before the first step rounding alone, or an engine's fault, lies between the two
-            differences.append((out.log_probs.detach() - batch.log_probs[rows, :length])[sequences.mask == 1].abs())
+            first[rows, :length] = now
+            differences.append((now - batch.log_probs[rows, :length])[sequences.mask == 1].abs())
+        elif on_policy and rescore is not None:  # by how much it moved: rollout and update round differently
+            log_pi = batch.log_probs[rows, :length] + now - first[rows, :length]
+            cap = options.max_importance_weight
+            weights = importance_weights(sequence_sum(log_pi, sequences.mask), batch.log_mu[rows], cap)
+            advantage = estimator(rescore(log_pi, rows), sequences.mask, k, weights=weights).advantages
         loss = policy_loss(out.log_probs, old, advantage, sequences.mask, estimator.clip_range)
         if estimator.value_head:
             loss = loss + estimator.value_loss(out.values, old_value, goal, sequences.mask)
         if estimator.clip_range is not None:
-            clipped = clip_fraction(out.log_probs.detach(), old, sequences.mask, estimator.clip_range)
+            clipped = clip_fraction(now, old, sequences.mask, estimator.clip_range)
             figures.setdefault("clip_fraction", []).append(float(clipped))
         return loss
 
