@@ -389,6 +389,21 @@ def test_grpo_with_two_epochs(policy):
     assert all("clip_fraction" in row for row in rows)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
+def test_rloo_with_two_epochs(policy, divergence):
+    """A first epoch is what one epoch is; a second moves on from there, in micro-batches as in one."""
+    args = (FULL, f"divergence={divergence}", "policy.max_steps=1", "policy.optim=sgd", "policy.learning_rate=.5")
+    of = {
+        name: policy(*args, f"name={name}", f"estimator={{name: rloo, num_epochs: {epochs}}}", *more)
+        for name, epochs, *more in (("one", 1), ("two", 2), ("halves", 2, "policy.per_device_train_batch_size=16"))
+    }
+    assert away(weights(of["one"] / "model"), weights(of["two"] / "model")) > 1e-4
+    assert away(weights(of["halves"] / "model"), weights(of["two"] / "model")) < 1e-6
+    checked(
+        policy("name=more", "estimator={name: rloo, num_epochs: 3}", f"divergence={divergence}", "policy.max_steps=2")
+    )
+
+
 def test_reinforce(policy):
     checked(policy("estimator=reinforce", "divergence=js", "policy.max_steps=2"))
 
