@@ -4,8 +4,8 @@
 
 In one process and one thread each, interleaved, after warm-up: our stage's own steps; a floor of HF `generate`, one reference
 forward, one policy forward and backward and the optimiser; a hand-tuned floor of the same maths that imports nothing of
-rlhf_fdiv; TRL's GRPO and RLOO on the same model, prompts, lengths and reward. CPU seconds, medians with least and most.
-Peak memory is that of a process of its own for each.
+rlhf_fdiv; TRL's GRPO and RLOO on the same model, prompts, lengths and reward. CPU seconds, medians with least and most;
+wall seconds where there is a GPU, which all of them then use. Peak memory is that of a process of its own for each.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 PROMPTS, GENERATIONS, LENGTH, RATE = 8, 8, 40, 1e-5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Setup(NamedTuple):
@@ -119,7 +120,8 @@ def ours(folder: Path, setup: Setup, out: Path, **policy: Any) -> Iterator[Any]:
 
 def load(folder: Path, setup: Setup) -> tuple[Any, Any, Any, list[str]]:
     """Policy, reference, tokenizer and prompts, without any of our code."""
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, setup.dtype)).eval() for _ in range(2)]
+    dtype = getattr(torch, setup.dtype)
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(DEVICE) for _ in range(2)]
     models[1].requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     rows = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
@@ -131,7 +133,7 @@ def batches(tokenizer: Any, prompts: list[str]) -> Iterator[Any]:
     while True:
         yield tokenizer(
             [prompts[(step * PROMPTS + i) % len(prompts)] for i in range(PROMPTS)], return_tensors="pt", padding=True
-        )
+        ).to(DEVICE)
         step += 1
 
 
@@ -152,7 +154,7 @@ def hf_floor(folder: Path, setup: Setup, out: Path) -> Iterator[Any]:
                                   num_return_sequences=GENERATIONS, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
             completion = ids[:, batch.input_ids.shape[1] :]
             mask = torch.cat([batch.attention_mask.repeat_interleave(GENERATIONS, 0), torch.ones_like(completion)], 1)
-            score = torch.tensor(reward([], tokenizer.batch_decode(completion, skip_special_tokens=True)))
+            score = torch.tensor(reward([], tokenizer.batch_decode(completion, skip_special_tokens=True))).to(DEVICE)
             log_a = log_probs_of(reference, ids, mask, completion).sum(1)
         log_pi = log_probs_of(policy, ids, mask, completion).sum(1)
         finish(optimiser, policy, log_pi, log_a, score)
@@ -213,8 +215,8 @@ def tuned_floor(folder: Path, setup: Setup, out: Path) -> Iterator[Any]:
             logits, position = (x.repeat_interleave(GENERATIONS, 0) for x in (logits, positions[:, -1:]))
             attention = torch.cat([attention.repeat_interleave(GENERATIONS, 0), attention.new_ones(rows, LENGTH)], 1)
             completion, uniform = (
-                torch.empty(rows, LENGTH, dtype=torch.long),
-                torch.rand(LENGTH, rows, 1, dtype=torch.float64),
+                torch.empty(rows, LENGTH, dtype=torch.long, device=DEVICE),
+                torch.rand(LENGTH, rows, 1, dtype=torch.float64, device=DEVICE),
             )
             for t in range(LENGTH):
                 cumulative = torch.softmax(logits.float(), -1).double().cumsum_(-1)
@@ -226,7 +228,7 @@ def tuned_floor(folder: Path, setup: Setup, out: Path) -> Iterator[Any]:
                     logits = policy(input_ids=token, attention_mask=attention[:, :width], position_ids=position,
                                     past_key_values=cache, logits_to_keep=1).logits[:, -1]  # fmt: skip
             ids = torch.cat([batch.input_ids.repeat_interleave(GENERATIONS, 0), completion], 1)
-            score = torch.tensor(reward([], tokenizer.batch_decode(completion, skip_special_tokens=True)))
+            score = torch.tensor(reward([], tokenizer.batch_decode(completion, skip_special_tokens=True))).to(DEVICE)
             log_a = fused_log_probs(reference, ids, attention, completion).sum(1)
         log_pi = fused_log_probs(policy, ids, attention, completion).sum(1)
         finish(optimiser, policy, log_pi, log_a, score)
@@ -271,7 +273,7 @@ def trl(folder: Path, setup: Setup, out: Path, kind: str) -> Iterator[Any]:
     args = getattr(trl, f"{kind}Config")(
         output_dir=str(out / kind), per_device_train_batch_size=PROMPTS * GENERATIONS, num_generations=GENERATIONS,
         max_completion_length=LENGTH, beta=0.1, learning_rate=RATE, max_steps=100_000, lr_scheduler_type="constant",
-        save_strategy="no", logging_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), bf16=False,
+        save_strategy="no", logging_strategy="no", report_to="none", use_cpu=DEVICE.type == "cpu", bf16=False,
         gradient_checkpointing=False, disable_dropout=True, disable_tqdm=True, model_init_kwargs={"dtype": setup.dtype},
     )  # fmt: skip
     turns = Turns()
@@ -317,24 +319,27 @@ def measure(name: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]
         seconds: dict[str, list[tuple[float, float]]] = {who: [] for who in running}
         for turn in range(steps + 2):
             for who, iterator in running.items():
-                wall, cpu = time.perf_counter(), time.process_time()
+                wall, cpu = clock(), time.process_time()
                 next(iterator)
                 if turn >= 2:  # two to warm up
-                    seconds[who].append((time.process_time() - cpu, time.perf_counter() - wall))
+                    seconds[who].append((time.process_time() - cpu, clock() - wall))
         peak = {who: peak_memory(name, who) for who in FOR_PEAK}
     cpu, wall = ({who: [pair[i] for pair in pairs] for who, pairs in seconds.items()} for i in (0, 1))
-    median = {who: statistics.median(values) for who, values in cpu.items()}
+    judged = cpu if DEVICE.type == "cpu" else wall
+    median = {who: statistics.median(values) for who, values in judged.items()}
     log(f"\n{name}: {PROMPTS} × {GENERATIONS} completions of {LENGTH} tokens, {setup.dtype}; {steps} steps each\n")
-    log(f"{'':12} {'CPU s':>8} {'least':>8} {'most':>8} {'wall s':>8} {'of HF floor':>12} {'peak MB':>8}")
-    for who, values in cpu.items():
-        log(f"{who:12} {median[who]:8.3f} {min(values):8.3f} {max(values):8.3f} {statistics.median(wall[who]):8.3f} "
+    log(f"{'':12} {'CPU s' if judged is cpu else 'wall s':>8} {'least':>8} {'most':>8} "
+        f"{'wall s' if judged is cpu else 'CPU s':>8} {'of HF floor':>12} {'peak MB':>8}")  # fmt: skip
+    other = wall if judged is cpu else cpu
+    for who, values in judged.items():
+        log(f"{who:12} {median[who]:8.3f} {min(values):8.3f} {max(values):8.3f} {statistics.median(other[who]):8.3f} "
             f"{median[who] / median['hf_floor']:12.3f} {peak.get(who, float('nan')):8.0f}")  # fmt: skip
 
     log(f"{'chunked':12} {'with policy.logprob_chunk=' + str(IN_CHUNKS):>48} {peak['chunked']:8.0f}")
 
     def ratio(a: str, b: str) -> float:
         """The median of the ratios of neighbours in time, which drift less than their medians."""
-        return statistics.median(x / y for x, y in zip(cpu[a], cpu[b], strict=True))
+        return statistics.median(x / y for x, y in zip(judged[a], judged[b], strict=True))
 
     return {
         "over_hf_floor": round(ratio("ours", "hf_floor"), 3),
@@ -353,6 +358,13 @@ def peak_memory(name: str, who: str) -> float:
     if done.returncode:
         raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
     return float(done.stdout.splitlines()[-1])
+
+
+def clock() -> float:
+    """Wall time, of a GPU too."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident(key: str) -> float:
@@ -379,7 +391,8 @@ def peak_here(name: str, who: str) -> None:
         running = FOR_PEAK[who](folder, setup, Path(place) / "out")
         for _ in range(3):
             next(running)
-        print(resident("VmHWM") - before, flush=True)
+        on_gpu = DEVICE.type == "cuda"
+        print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident("VmHWM") - before, flush=True)
         os._exit(0)  # a trainer's thread is in the middle of its run
 
 

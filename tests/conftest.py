@@ -4,8 +4,21 @@ import sys
 
 import pytest
 import tiny
+import torch
 
 from rlhf_fdiv import cli
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests/test_device.py runs")
+
+
+@pytest.fixture
+def device(request):
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda: there is no CUDA device here")
+    return torch.device(name)
 
 
 @pytest.fixture(scope="module")
