@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import operator
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -122,9 +124,14 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Function:
-    """A user's function by dotted path, with TRL's signature (prompts, completions, **columns) → list of numbers."""
+    """A user's function by dotted path, with TRL's signature (prompts, completions, **columns) → list of numbers.
+
+    With `num_workers` above 1 that many threads each score a part of the completions: for functions that wait, on a service or
+    a checker's process, and that judge each completion by itself.
+    """
 
     path: str
+    num_workers: Count = 1
     name: ClassVar[str] = "function"
 
     def __post_init__(self) -> None:
@@ -139,7 +146,26 @@ class Function:
             raise UserError(f"scorers: cannot load {self.path}: {error}") from error
         if not callable(found):
             raise UserError(f"scorers: {self.path} is not a function")
-        return found
+        return found if self.num_workers == 1 else _in_threads(found, self.num_workers)
+
+
+def _in_threads(function: Score, num_workers: int) -> Score:
+    pool = ThreadPoolExecutor(num_workers)
+
+    def score(**rows: list[Any]) -> list[Any]:
+        width = math.ceil(len(rows["completions"]) / num_workers)
+
+        def part(start: int) -> list[Any]:
+            mine = {name: column[start : start + width] for name, column in rows.items()}
+            values = list(function(**mine))
+            if len(values) != len(mine["completions"]):  # two wrong parts might be right together
+                raise ValueError(f"gave {len(values)} numbers for {len(mine['completions'])} completions")
+            return values
+
+        parts = pool.map(part, range(0, len(rows["completions"]), width))
+        return [value for values in parts for value in values]
+
+    return score
 
 
 SCORERS: dict[str, Any] = {cls.name: cls for cls in (RewardModel, NgramRidge, Pattern, Length, Threshold, Function)}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -271,6 +272,29 @@ def test_a_function_that_is_not_there_is_named(path):
 def test_a_path_that_cannot_be_one_is_an_error_of_the_config(path):
     with pytest.raises(ValueError, match="path"):
         Function(path)
+
+
+def meet(prompts, completions, film):
+    """Returns only if another call is under way at the same time."""
+    barrier.wait(timeout=30)
+    return [float(c) + f for c, f in zip(completions, film, strict=True)]
+
+
+def uneven(prompts, completions):
+    return [1.0] * (len(completions) + (1 if "0" in completions else -1))
+
+
+barrier = threading.Barrier(2)
+
+
+def test_threads_score_parts_at_the_same_time_and_in_order():
+    film = [0.25, 0.5, 0.75]
+    assert score(Function(f"{__name__}:meet", num_workers=2), ["1", "2", "3"], film=film).tolist() == [1.25, 2.5, 3.75]
+
+
+def test_a_part_with_a_wrong_count_is_an_error_though_the_whole_has_the_right_one():
+    with pytest.raises(UserError, match="3 numbers for 2 completions"):
+        score(Function(f"{__name__}:uneven", num_workers=2), ["0", "1", "2", "3"])
 
 
 def test_a_method_of_a_class_is_reached_by_its_dotted_name():
