@@ -126,8 +126,8 @@ class Threshold:
 class Function:
     """A user's function by dotted path, with TRL's signature (prompts, completions, **columns) → list of numbers.
 
-    With `num_workers` above 1 that many threads each score a part of the completions: for functions that wait, on a service or
-    a checker's process, and that judge each completion by itself.
+    With `num_workers` above 1 that many threads each score a part of the completions: for functions that wait, on a service
+    or a checker's process, and that judge each completion by itself.
     """
 
     path: str
