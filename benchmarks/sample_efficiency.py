@@ -9,7 +9,8 @@ and J is measured on fresh samples with the exact KL of each visited state.
 
 Every method starts from the same weights and trains all of them on as many samples, with Adam, the linear schedule and the
 clipping of gradients that are the default of the trainers. A sweep of rates on two seeds chooses its rate; five other seeds
-confirm it. TRL's trainers run with β as ours; their other defaults stay, but for dropout, which is off everywhere.
+confirm it. TRL's trainers run with β as ours; their other defaults stay, but for dropout, which is off everywhere. All
+prompts have the same length, since TRL gives GPT-2 no position_ids and so trains it on wrong positions under padding.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import io
 import json
 import math
 import os
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -57,7 +60,14 @@ class Task(NamedTuple):
 def toy() -> Task:
     from rlhf_fdiv import assets
 
-    return Task(assets.toy(), "rlhf_fdiv.assets:toy_reward", 0.1, 5, 4, 16, 150, measure_toy)
+    def build(folder: Path) -> None:
+        shutil.copytree(assets.toy(), folder, dirs_exist_ok=True)
+        (folder / "prompts.jsonl").write_text(
+            "".join(json.dumps({"prompt": p}) + "\n" for p in "abcd"), encoding="utf-8"
+        )
+
+    folder = assets.build_once(assets.cache_dir() / "benchmark-toy-v1", build)
+    return Task(folder, "rlhf_fdiv.assets:toy_reward", 0.1, 5, 4, 16, 150, measure_toy)
 
 
 @functools.cache
@@ -67,7 +77,7 @@ def toy_tables() -> Any:
 
     from rlhf_fdiv import assets, metrics
 
-    folder = assets.toy()
+    folder = toy().folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     ids = tokenizer(prompts)["input_ids"]
@@ -110,6 +120,8 @@ def presence() -> Task:
 
 def presence_folder() -> Path:
     """A GPT-2 of .7 M parameters after its SFT on film reviews; made once, by the library's own stage."""
+    from transformers import AutoTokenizer
+
     from rlhf_fdiv import assets, film_reviews
     from rlhf_fdiv import config as configs
     from rlhf_fdiv.stages.common import execute
@@ -119,8 +131,11 @@ def presence_folder() -> Path:
         made = execute(configs.load(config, [f"output_dir={folder}", "name=made", "stages=[sft]"]), ["sft"])
         for path in (made.path / "sft/model").iterdir():
             os.replace(path, folder / path.name)
+        shutil.rmtree(made.path)
         lines = (film_reviews.build() / "prompts_train.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [{"prompt": json.loads(line)["prompt"]} for line in lines]
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        lengths = [len(x) for x in AutoTokenizer.from_pretrained(folder)(prompts)["input_ids"]]
+        rows = [{"prompt": p} for p, n in zip(prompts, lengths, strict=True) if n == statistics.mode(lengths)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     return assets.build_once(assets.cache_dir() / "benchmark-presence-v1", build)
@@ -128,18 +143,18 @@ def presence_folder() -> Path:
 
 @functools.cache
 def presence_models() -> Any:
-    """The untouched model, its tokenizer and 256 of the prompts that are trained on."""
+    """The untouched model, its tokenizer and the prompts, which are those that are trained on."""
     from rlhf_fdiv.model_options import ModelOptions
     from rlhf_fdiv.models import load_causal_lm, load_tokenizer
 
     folder = presence_folder()
     tokenizer = load_tokenizer(str(folder))
-    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:256]
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     ids = tokenizer([json.loads(line)["prompt"] for line in lines])["input_ids"]
     return load_causal_lm(str(folder), ModelOptions(str(folder))), tokenizer, ids
 
 
-def measure_presence(folder: Path, generations: int = 8) -> tuple[float, float]:
+def measure_presence(folder: Path, generations: int = 32) -> tuple[float, float]:
     from rlhf_fdiv import metrics
     from rlhf_fdiv.model_options import ModelOptions
     from rlhf_fdiv.models import load_causal_lm
@@ -155,16 +170,16 @@ def measure_presence(folder: Path, generations: int = 8) -> tuple[float, float]:
 
 
 def presence_optimum() -> tuple[float, float]:
-    """By prompt Z = 1 − ρ + ρ·e^{1/β}, ρ(x) from 64 completions of the untouched model; the bias of log Ẑ is below .001."""
+    """By prompt Z = 1 − ρ + ρ·e^{1/β}, ρ(x) from 256 completions of the untouched model, log Ẑ corrected for their number."""
     beta = 0.3
     from rlhf_fdiv.rollout import sample, uniforms
 
     reference, tokenizer, ids = presence_models()
-    drawn, _, _ = sample(reference, tokenizer, ids, 64, uniforms(54321, 0, len(ids) * 64, 24))
+    drawn, _, _ = sample(reference, tokenizer, ids, 256, uniforms(54321, 0, len(ids) * 256, 24))
     rows = [x[m.bool()] for x, m in zip(drawn.completion_ids, drawn.mask, strict=True)]
-    reward = torch.tensor(acting([], tokenizer.batch_decode(rows, skip_special_tokens=True))).double().view(-1, 64)
+    reward = torch.tensor(acting([], tokenizer.batch_decode(rows, skip_special_tokens=True))).double().view(-1, 256)
     z = 1 + reward.mean(1) * math.expm1(1 / beta)
-    variance = reward.var(1) / 64 * math.expm1(1 / beta) ** 2
+    variance = reward.var(1) / 256 * math.expm1(1 / beta) ** 2
     return float(beta * (z.log() + variance / (2 * z**2)).mean()), float(reward.mean())
 
 
