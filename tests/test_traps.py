@@ -722,7 +722,7 @@ def made_base(adapter):
 def test_an_unmerged_adapter_as_start_is_found(adapter, policy, monkeypatch):
     """Training goes on with the SFT adapter itself, so that adapter off is the base of the SFT model."""
 
-    def unmerged(path, options, value_head):
+    def unmerged(path, options, value_head, logprob_chunk):
         lm = peft.PeftModel.from_pretrained(load_causal_lm(made_base(path), options), path, is_trainable=True)
         policy = Policy(lm, value_head)
         return policy, Reference(policy, adapter_off=True)
