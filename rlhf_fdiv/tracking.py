@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, to_dict
+from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, parse, to_dict
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError
@@ -36,6 +36,15 @@ def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any], but_fo
     """Where two configs differ in what a stage is made from, in words."""
     keys = [key for key in MADE_FROM.get(stage, ()) if key != but_for]
     return "; ".join(line for line in differences(old, new) if touches(line.partition(":")[0], keys))
+
+
+def _made_with(folder: Path) -> dict[str, Any]:
+    """The config of a run's folder; a key that did not exist when it was written has its default."""
+    raw = read_yaml(folder / "resolved_config.yaml")
+    try:
+        return to_dict(parse(raw))
+    except UserError:  # of a version whose keys were others: the differences will name them
+        return raw
 
 
 def touches(key: str, others: Iterable[str]) -> bool:
@@ -58,7 +67,7 @@ class RunFolder:
         """
         written = self.path / "resolved_config.yaml"
         if written.is_file() and self.config.resume is not None:
-            self._set_aside(self.config.resume, read_yaml(written), to_dict(self.config))
+            self._set_aside(self.config.resume, _made_with(self.path), to_dict(self.config))
         else:
             self.require_same_config()
         try:
@@ -70,7 +79,7 @@ class RunFolder:
     def require_same_config(self) -> None:
         """Raises UserError, naming each change, where the folder holds a run with another config."""
         written = self.path / "resolved_config.yaml"
-        old = read_yaml(written) if written.is_file() else to_dict(self.config)
+        old = _made_with(self.path) if written.is_file() else to_dict(self.config)
         if changed := differences(old, to_dict(self.config), ignore=_FREE_KEYS):
             raise UserError(
                 f"{self.path}: holds a run with another config ({'; '.join(changed)}). Give it a new name=…, "
@@ -102,7 +111,7 @@ class RunFolder:
         other = Path(self.config.reuse)
         if not is_finished(other / stage):
             raise UserError(f"reuse: {other / stage} is not a finished stage")
-        made, wanted = read_yaml(other / "resolved_config.yaml"), to_dict(self.config)
+        made, wanted = _made_with(other), to_dict(self.config)
         if changed := _made_otherwise(stage, made, wanted, but_for="seed"):  # runs of several seeds may share it
             raise UserError(f"reuse: the {stage} stage of {other} was made with another config ({changed})")
         return other / stage

@@ -55,7 +55,27 @@ def tree(folder) -> dict:
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def rewrite(folder: RunFolder, change) -> None:
+    path = folder.path / "resolved_config.yaml"
+    raw = yaml.safe_load(path.read_text())
+    change(raw)
+    path.write_text(yaml.safe_dump(raw))
+
+
 # an earlier run of this name
+
+
+def test_a_run_of_a_version_that_had_fewer_keys_goes_on_and_one_with_others_is_named(run):
+    """A key that has come since stands for its default: neither resume nor reuse may be lost to an upgrade."""
+    folder = finish(run("reuse=null"), "sft")
+    rewrite(folder, lambda raw: (raw["policy"].pop("logprob_chunk"), raw["sft"].pop("save_steps")))
+    run().prepare()
+    finish(run(), "sft")
+    rewrite(folder, lambda raw: raw["sft"].pop("save_steps"))
+    assert run("name=y", f"reuse={folder.path}").find("sft") == folder.stage("sft")
+    assert "sft.save_steps: 0 → 7" in problem(run("sft.save_steps=7").prepare)
+    rewrite(folder, lambda raw: raw["sft"].update(gone=1))
+    assert "sft.gone: 1 → None" in problem(run().prepare)
 
 
 def test_the_same_config_twice_changes_nothing(run):
