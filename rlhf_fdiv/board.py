@@ -48,7 +48,7 @@ class Board:
             result = f"FAILED, {cell.failure}: {cell.failure.read_text(encoding='utf-8').strip().splitlines()[-1]}"
         elif self.metric and "evaluate" in cell.config.stages:
             try:
-                result = f"{self.metric} {cell.metric(self.metric):.4g}"
+                result = f"{cell.own(self.metric)} {cell.metric(self.metric):.4g}"
             except UserError as error:  # a wrong path, which the end will name; the rest goes on
                 result = f"done, but {error}"
         seconds = time.monotonic() - self.started_at.pop(cell.name)

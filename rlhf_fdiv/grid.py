@@ -94,12 +94,13 @@ class Cell:
     def failure(self) -> Path:
         return self.config.folder / "failed.txt"
 
-    def metric(self, path: str) -> float:
-        """A figure of its evaluation by a dotted path, `{divergence}` in it its own f; nan where it was not measurable.
+    def own(self, path: str) -> str:
+        """A metric's dotted path with its own f for `{divergence}`."""
+        return path.replace("{divergence}", label(self.config.f))
 
-        Raises UserError for a wrong path.
-        """
-        path = path.replace("{divergence}", label(self.config.f))
+    def metric(self, path: str) -> float:
+        """A figure of its evaluation by its `own` path, nan where not measurable. Raises UserError for a wrong path."""
+        path = self.own(path)
         value: Any = json.loads((self.config.folder / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
         rest = path
         while rest:
