@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that a GPU changes and the cost of a step, on one NVIDIA card in under 8 minutes. Needs pip install -e '.[dev]'.
+# The tests that a GPU changes and the cost of a step, on one NVIDIA card; not timed on one yet. Needs pip install -e '.[dev]'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

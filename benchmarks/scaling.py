@@ -94,7 +94,7 @@ def grow(axis: str, steps: int, log: Any) -> dict[str, Any]:
 
 
 def bookkeeping(steps: int, log: Any) -> dict[str, float]:
-    """A step with 100,000 rows of prompts, each with an estimate of log Z already, beside the same step with 64."""
+    """A step with 100,000 rows of prompts, beside the same with 64; and log Z alone, with 100,000 estimates kept."""
     from rlhf_fdiv.stages.training import row_order
     from rlhf_fdiv.targets import LogPartition
 

@@ -1,4 +1,4 @@
-"""What the switches of docs/faster_and_larger.md gain here: speed and peak memory of SFT and policy training on SmolLM2.
+"""What dtype, packing, checkpointing, compile and processes gain here: speed and memory of SFT and policy on SmolLM2.
 
     python benchmarks/switches.py [--steps 6] [--only sft]
 

@@ -133,7 +133,7 @@ class Policy(nn.Module):
     def forward(self, sequences: Sequences) -> TokenOutputs:
         length = sequences.mask.shape[1]
         if self.logprob_chunk:
-            base = _plain(self.lm)
+            base = under_adapter(self.lm)
             hidden = base.base_model(**sequences.model_inputs(), use_cache=False).last_hidden_state[:, -length - 1 : -1]
             head, tokens, mask = base.get_output_embeddings(), sequences.completion_ids, sequences.mask
             log_probs = chunked_log_probs(head, hidden, tokens, mask, self.logprob_chunk)
@@ -155,7 +155,7 @@ class Policy(nn.Module):
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1) * mask
 
 
-def _plain(lm: Any) -> Any:
+def under_adapter(lm: Any) -> Any:
     """The transformers model under an adapter; itself where there is none."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_fdiv.estimators import importance_weights
+from rlhf_fdiv.models import under_adapter
 from rlhf_fdiv.sequences import Sequences, pad, pad_to_longest, sequence_sum, token_log_probs, wide
 
 
@@ -216,7 +217,7 @@ def _until_eos(tokens: Tensor, eos: int) -> Tensor:
 @contextlib.contextmanager
 def _neutral(lm: Any) -> Iterator[None]:
     """Without the model's own generation config: its repetition penalty or min_p would shape the samples, unseen."""
-    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    base = under_adapter(lm)
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield

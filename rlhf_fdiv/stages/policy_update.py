@@ -33,10 +33,10 @@ def update(
     old_values = None
     old_log_probs: Tensor | None = batch.log_probs
     minibatches = min(getattr(estimator, "num_minibatches", 1), len(mask))
-    on_policy = estimator.clip_range is None and not estimator.value_head
+    unclipped = estimator.clip_range is None and not estimator.value_head
     if estimator.value_head:
         old_log_probs, old_values = forward(training.policy, batch, options.per_device_train_batch_size)
-    elif on_policy or estimator.num_epochs == 1:
+    elif unclipped or estimator.num_epochs == 1:
         old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
     advantages, returns = estimator(rewards, mask, k, old_values, batch.weights(options.max_importance_weight))
     figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
@@ -55,7 +55,7 @@ def update(
         if not figures["loss"]:  # before the first step rounding alone, or an engine's fault, lies between the two
             first[rows, :length] = now
             differences.append((now - batch.log_probs[rows, :length])[sequences.mask == 1].abs())
-        elif on_policy and rescore is not None:  # by how much it moved: rollout and update round differently
+        elif unclipped and rescore is not None:  # by how much it moved: rollout and update round differently
             log_pi = batch.log_probs[rows, :length] + now - first[rows, :length]
             cap = options.max_importance_weight
             weights = importance_weights(sequence_sum(log_pi, sequences.mask), batch.log_mu[rows], cap)
