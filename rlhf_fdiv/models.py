@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.activations import NewGELUActivation
 
 from rlhf_fdiv.errors import UserError
@@ -131,28 +131,37 @@ class Policy(nn.Module):
         self.eval()
 
     def forward(self, sequences: Sequences) -> TokenOutputs:
-        length = sequences.mask.shape[1]
+        tokens, mask = sequences.completion_ids, sequences.mask
         if self.logprob_chunk:
             base = under_adapter(self.lm)
-            hidden = base.base_model(**sequences.model_inputs(), use_cache=False).last_hidden_state[:, -length - 1 : -1]
-            head, tokens, mask = base.get_output_embeddings(), sequences.completion_ids, sequences.mask
-            log_probs = chunked_log_probs(head, hidden, tokens, mask, self.logprob_chunk)
+            hidden = read_completions(self.lm, base.base_model, sequences).last_hidden_state
+            log_probs = chunked_log_probs(base.get_output_embeddings(), hidden, tokens, mask, self.logprob_chunk)
             return TokenOutputs(log_probs, self._values(hidden, mask), None)
-        out = self.lm(
-            **sequences.model_inputs(),
-            logits_to_keep=length + 1,
-            use_cache=False,
-            output_hidden_states=self.value_head is not None,
-        )
-        logits = out.logits[:, -length - 1 : -1]
-        log_probs = token_log_probs(logits, sequences.completion_ids, sequences.mask)
-        hidden = out.hidden_states[-1][:, -length - 1 : -1] if self.value_head is not None else logits
-        return TokenOutputs(log_probs, self._values(hidden, sequences.mask), logits)
+        out = read_completions(self.lm, self.lm, sequences, output_hidden_states=self.value_head is not None)
+        hidden = out.hidden_states[-1] if self.value_head is not None else out.logits
+        return TokenOutputs(token_log_probs(out.logits, tokens, mask), self._values(hidden, mask), out.logits)
 
     def _values(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
         if self.value_head is None:
             return None
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1) * mask
+
+
+def read_completions(lm: Any, model: Any, sequences: Sequences, **options: Any) -> Any:
+    """The outputs of `model`, which is `lm` or what is below its head, where they predict a completion's tokens: [B, T, …].
+
+    What a prompt says is the same for each of its completions, so every distinct prompt is read once, all but its last
+    token, and its keys and values, with their gradients, serve all of them.
+    """
+    inputs = {name: x[:, :-1] for name, x in sequences.model_inputs().items()}  # the last token predicts nothing
+    shared, cache = sequences.prompt_ids.shape[1] - 1, DynamicCache(config=lm.config)
+    if shared:
+        each, which = torch.stack([x[:, :shared] for x in inputs.values()]).unique(dim=1, return_inverse=True)
+        prompts = dict(zip(inputs, each, strict=True))
+        under_adapter(lm).base_model(**prompts, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(which)
+    rest = {name: x if name == "attention_mask" else x[:, shared:] for name, x in inputs.items()}
+    return model(**rest, past_key_values=cache, use_cache=True, **options)
 
 
 def under_adapter(lm: Any) -> Any:

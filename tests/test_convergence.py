@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import optimize
 from torch import nn
 from toy import FS, INF, PROMPTS, VOCAB, N, P, everything, exact_log_probs, label, language
+from transformers import GPT2Config
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.divergences import Scaled, exact
@@ -51,7 +52,12 @@ def distance(log_pi, log_p):
 
 
 class Tabular(nn.Module):
-    """Next-token logits of its own for each (prompt, prefix), called as `Policy` calls a causal LM; starts at `lm`."""
+    """Next-token logits of its own for each (prompt, prefix), called as `Policy` calls a causal LM; starts at `lm`.
+
+    What it keeps of a prompt, in a causal LM's cache, are its tokens.
+    """
+
+    config = GPT2Config(n_layer=1)
 
     def __init__(self, lm):
         super().__init__()
@@ -73,8 +79,13 @@ class Tabular(nn.Module):
     def rows(self, ids, mask, keep):
         return torch.searchsorted(self.known, self.context(ids, mask, keep).contiguous())
 
-    def forward(self, input_ids, attention_mask, logits_to_keep, **_):
-        return SimpleNamespace(logits=self.table[self.rows(input_ids, attention_mask, logits_to_keep)])
+    def base_model(self, input_ids, past_key_values, **_):
+        ids = input_ids[:, None, :, None].double()
+        return past_key_values.update(ids, ids, 0)[0][:, 0, :, 0].long()
+
+    def forward(self, input_ids, attention_mask, past_key_values, **_):
+        ids = self.base_model(input_ids, past_key_values)
+        return SimpleNamespace(logits=self.table[self.rows(ids, attention_mask, input_ids.shape[1])])
 
 
 def occupancy(policy, probabilities):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy import (
     ARCHITECTURES,
@@ -15,7 +16,15 @@ from toy import (
     tiny_lm,
     trainable,
 )
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 from transformers.activations import NewGELUActivation
 
 from rlhf_fdiv.errors import UserError
@@ -30,7 +39,7 @@ from rlhf_fdiv.models import (
     save_policy,
 )
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
-from rlhf_fdiv.sequences import Sequences
+from rlhf_fdiv.sequences import Sequences, pad, token_log_probs
 from rlhf_fdiv.stages.policy import self_check
 
 every_lm = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -150,6 +159,64 @@ def test_lora_weights_stay_float32_on_a_bfloat16_model(llama):
 
 
 # -- the value head ----------------------------------------------------------------------------------------------------
+
+
+def whole(lm, sequences):
+    """log π by one plain forward over prompt and completion, which shares nothing between rows."""
+    length = sequences.mask.shape[1]
+    logits = lm(**sequences.model_inputs(), use_cache=False).logits[:, -length - 1 : -1]
+    return token_log_probs(logits, sequences.completion_ids, sequences.mask)
+
+
+def sliding_lm():
+    """Sees 3 tokens back, under prompts that are longer."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=1, sliding_window=3)).double().eval()
+
+
+PROMPT_LENGTHS = {"mixed": [5, 5, 2, 5, 1, 2], "one token each": [1] * 6, "all different": [1, 2, 3, 4, 5, 6]}
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral, sliding"])
+@pytest.mark.parametrize("lengths", PROMPT_LENGTHS.values(), ids=PROMPT_LENGTHS)
+@FULL_OR_LORA
+def test_prompts_read_once_for_all_their_completions_change_neither_log_probs_nor_gradients(
+    architecture, lengths, lora
+):
+    lm = sliding_lm() if architecture == "mistral, sliding" else tiny_lm(architecture, vocab=8).double()
+    if lora:
+        lm = get_peft_model(lm, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).double()
+        change_adapter(lm, seed=1)
+    prompts = [[(3 + i) % 8 for i in range(n)] for n in lengths]
+    texts = [[2, 5, 1], [4], [3, 1], [6, 6, 6, 6], [1], [7, 2, 3, 4]]
+    sequences = Sequences(*pad(prompts, 0, "left"), *pad(texts, 0, "right"))
+    gradients = []
+    for log_pi in (whole(lm, sequences), Policy(lm)(sequences).log_probs):
+        lm.zero_grad()
+        (log_pi * torch.arange(1.0, 25.0).view(6, 4)).sum().backward()
+        gradients.append((log_pi.detach(), *(p.grad for p in trainable(lm) if p.grad is not None)))
+    for once, together in zip(*gradients, strict=True):
+        if architecture == "gpt2":
+            torch.testing.assert_close(together, once, rtol=1e-10, atol=1e-12)
+        else:  # whose norms are in float32, whatever the model is: a sum of gradients is rounded there once or five times
+            torch.testing.assert_close(together, once, rtol=1e-5, atol=3e-7 * float(once.abs().max()))
+
+
+def test_a_prompt_goes_through_the_model_once_however_many_completions_it_has():
+    lm, read = tiny_lm("llama"), []
+    lm.model.register_forward_pre_hook(
+        lambda m, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts, texts = [[3, 2, 3]] * 5 + [[2, 2, 3]] * 5, [[2, 1]] * 10
+    Policy(lm)(Sequences(*pad(prompts, 0, "left"), *pad(texts, 0, "right")))
+    assert read == [2 * 2, 10 * 2]  # two prompts but for their last token; that token and what predicts, ten times
 
 
 @every_lm

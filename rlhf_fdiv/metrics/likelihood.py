@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fdiv.data import Rows, tokenize_completions
+from rlhf_fdiv.models import read_completions
 from rlhf_fdiv.sequences import Sequences, pad, token_log_probs, wide
 
 
 def _logits(lm: Any, sequences: Sequences) -> Tensor:
-    length = sequences.mask.shape[1]
-    out = lm(**sequences.model_inputs(), logits_to_keep=length + 1, use_cache=False)
-    return wide(out.logits[:, -length - 1 : -1])
+    return wide(read_completions(lm, lm, sequences).logits)
 
 
 @torch.no_grad()
