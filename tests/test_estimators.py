@@ -304,9 +304,9 @@ TRAINED_TEXTS = [TEXTS[i] for i in (0, 5, 20, 100, 1, 60)]  # 2 completions a pr
 LR = 0.01
 
 
-def stepped(estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, lr=LR):
+def stepped(estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, lr=LR, architecture="llama"):
     """The policy before and after `update`, what it was trained on, its figures and the number of optimiser steps."""
-    policy = Policy(perturbed(tiny_lm()), value_head).double()
+    policy = Policy(perturbed(tiny_lm(architecture)), value_head).double()
     before = copy.deepcopy(policy)
     sequences = sequences_of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
     with torch.no_grad():
@@ -341,7 +341,8 @@ def test_one_update_is_one_step_along_the_hand_computed_gradient_however_it_is_s
 
 
 def test_micro_batches_of_any_size_give_the_same_step():
-    whole, *parts = (change(*stepped(RLOO(), size)[:2]) for size in (6, 5, 4, 3, 2, 1))
+    # GPT-2: Llama's norm works in float32 in the backward, too, where a prompt's sum over its completions is then rounded
+    whole, *parts = (change(*stepped(RLOO(), size, architecture="gpt2")[:2]) for size in (6, 5, 4, 3, 2, 1))
     for part in parts:
         assert torch.allclose(part, whole, rtol=0, atol=1e-12)
 
