@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.model_options import ModelOptions
-from rlhf_fdiv.sequences import Sequences, chunked_log_probs, token_log_probs
+from rlhf_fdiv.sequences import Sequences, chunked_log_probs, pad_to_longest, token_log_probs
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -110,6 +110,20 @@ class TokenOutputs(NamedTuple):
     log_probs: Tensor
     values: Tensor | None
     logits: Tensor | None
+
+
+@torch.no_grad()
+def in_micro_batches(policy: Any, sequences: Sequences, size: int) -> TokenOutputs:
+    """`policy(sequences)` without logits or gradient, `size` completions at a time, those of like length together."""
+    order = sequences.mask.sum(1).argsort(stable=True)
+    parts = [policy(sequences[rows]) for rows in order.split(size)]
+    full = sequences.mask[:0]  # no row, as wide as all
+
+    def joined(columns: list[Tensor]) -> Tensor:
+        return pad_to_longest([*columns, full], "right")[order.argsort()]
+
+    values = joined([x.values for x in parts]) if parts[0].values is not None else None
+    return TokenOutputs(joined([x.log_probs for x in parts]), values, None)
 
 
 class Policy(nn.Module):
@@ -225,10 +239,11 @@ class Reference:
         with torch.no_grad(), lm.disable_adapter() if self.adapter_off else contextlib.nullcontext():
             yield lm
 
-    def log_probs(self, sequences: Sequences) -> Tensor:
-        """log a of the completion's tokens, [B, T]; no gradient."""
+    def log_probs(self, sequences: Sequences, size: int | None = None) -> Tensor:
+        """log a of the completion's tokens, [B, T], `size` completions at a time (by default all); no gradient."""
         with self.lm():
-            return self.policy(sequences).log_probs
+            out = self.policy(sequences) if size is None else in_micro_batches(self.policy, sequences, size)
+            return out.log_probs
 
     def to(self, device: torch.device) -> Reference:
         if not self.adapter_off:

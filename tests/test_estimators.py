@@ -347,6 +347,25 @@ def test_micro_batches_of_any_size_give_the_same_step():
         assert torch.allclose(part, whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "widths"),
+    [(RLOO(), [2, 4, 4]), (PPO(num_epochs=1, num_minibatches=1), [2, 4, 4] * 2), (RLOO(num_epochs=2), [3, 4, 4] * 2)],
+    ids=["rloo", "ppo", "scored anew"],
+)
+def test_micro_batches_are_of_texts_of_like_length_unless_groups_must_stay_whole(monkeypatch, estimator, widths):
+    seen, forward = [], Policy.forward
+
+    def watched(self, sequences):
+        seen.append(sequences.mask.shape[1])
+        return forward(self, sequences)
+
+    lengths = [len(text) for text in TRAINED_TEXTS]
+    assert [max(lengths[i : i + 2]) for i in (0, 2, 4)] == [3, 4, 4]
+    monkeypatch.setattr(Policy, "forward", watched)
+    stepped(estimator, 2, estimator.value_head)
+    assert seen[1:] == widths  # the first is that of `stepped` itself
+
+
 def test_a_ppo_step_without_critic_clip_or_whitening_is_the_reinforce_step():
     settings_ = {"num_epochs": 1, "num_minibatches": 1, "lam": 1.0, "whiten_advantages": False, "clip_range": None}
     sequences = sequences_of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)

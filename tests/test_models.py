@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy import (
@@ -31,7 +32,9 @@ from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.model_options import LoraOptions, ModelOptions
 from rlhf_fdiv.models import (
     Policy,
+    Reference,
     context_length,
+    in_micro_batches,
     load_causal_lm,
     load_policy,
     load_tokenizer,
@@ -235,6 +238,20 @@ def test_values_are_those_of_the_state_before_each_token_and_zero_at_padding(arc
             hidden = lm(torch.cat([prompt, text])[None], output_hidden_states=True).hidden_states[-1][0]
             expected = policy.value_head(hidden[len(prompt) - 1 : -1]).squeeze(-1)
             assert torch.allclose(out.values[i, : len(text)], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 5, 33, 100])
+def test_micro_batches_of_any_size_give_every_row_its_own_log_probs_and_values(size):
+    policy = Policy(tiny_lm("gpt2"), value_head=True).double()
+    torch.nn.init.normal_(policy.value_head.weight)
+    batch = everything()[torch.arange(0, 363, 11)]
+    texts = (F.pad(x, (0, 2)) for x in (batch.completion_ids, batch.mask))  # wider than any row needs
+    loose = Sequences(batch.prompt_ids, batch.prompt_mask, *texts)
+    out, expected = in_micro_batches(policy, loose, size), policy(loose)
+    assert not out.log_probs.requires_grad
+    torch.testing.assert_close(out[:2], expected[:2], rtol=0, atol=1e-12)
+    reference = Reference(policy, adapter_off=False)
+    torch.testing.assert_close(reference.log_probs(loose, size), out.log_probs, rtol=0, atol=0)
 
 
 def test_a_new_value_head_says_zero_and_there_is_none_unless_asked_for():

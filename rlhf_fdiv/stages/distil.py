@@ -68,7 +68,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             return by_token.sum(-1)
 
         with training.keeping(step, {"prompt": [rows[i]["prompt"] for i in numbers]}):
-            loss, norm = training.step(torch.arange(len(numbers)), loss_of)
+            loss, norm = training.step(torch.arange(len(numbers)), loss_of, batch.mask.sum(1).cpu())
 
         # log
         tokens = float(accelerator.gather(batch.mask.sum(1)).double().mean())

@@ -25,14 +25,14 @@ from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PROMPTS, extra_columns, read_rows, tokenize_prompts
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.models import Policy, Reference, context_length, load_policy, load_tokenizer
+from rlhf_fdiv.models import Policy, Reference, context_length, in_micro_batches, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import token_rewards
 from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
-from rlhf_fdiv.stages.policy_update import forward, update
+from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.targets import DualAscent, LogPartition
 from rlhf_fdiv.tracking import RunFolder, newest_checkpoint, write_atomically
@@ -110,10 +110,10 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         with training.keeping(step, texts):
             scores = scorers(scored, **texts)
             potential = dual.target.potential(scores).to(accelerator.device)
-        log_a = reference.log_probs(batch.sequences)
+        log_a = reference.log_probs(batch.sequences, options.per_device_train_batch_size)
         if options.reference_share:
-            fresh, _ = forward(training.policy, batch, options.per_device_train_batch_size)
-            batch = batch.off_policy(fresh, log_a, options.reference_share)
+            fresh = in_micro_batches(training.policy, batch.sequences, options.per_device_train_batch_size)
+            batch = batch.off_policy(fresh.log_probs, log_a, options.reference_share)
         log_pi = batch.log_probs
 
         # log Z, the same on every process

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_fdiv.estimators import importance_weights, policy_loss
 from rlhf_fdiv.estimators.loss import clip_fraction
 from rlhf_fdiv.estimators.ppo import explained_variance
+from rlhf_fdiv.models import in_micro_batches
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.training import Training
@@ -34,8 +35,11 @@ def update(
     old_log_probs: Tensor | None = batch.log_probs
     minibatches = min(getattr(estimator, "num_minibatches", 1), len(mask))
     unclipped = estimator.clip_range is None and not estimator.value_head
+    scored_anew = unclipped and estimator.num_epochs > 1  # by whole groups, which micro-batches then may not mix
     if estimator.value_head:
-        old_log_probs, old_values = forward(training.policy, batch, options.per_device_train_batch_size)
+        # by the forward that training uses
+        before = in_micro_batches(training.policy, batch.sequences, options.per_device_train_batch_size)
+        old_log_probs, old_values = before.log_probs, before.values
     elif unclipped or estimator.num_epochs == 1:
         old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
     advantages, returns = estimator(rewards, mask, k, old_values, batch.weights(options.max_importance_weight))
@@ -72,23 +76,10 @@ def update(
     for _ in range(estimator.num_epochs):
         order = torch.randperm(len(mask), generator=generator) if minibatches > 1 else torch.arange(len(mask))
         for rows in order.tensor_split(minibatches):
-            loss, norm = training.step(rows, loss_of)
+            loss, norm = training.step(rows, loss_of, None if scored_anew else mask.sum(1).cpu())
             figures["loss"].append(loss)
             figures["grad_norm"].append(norm)
     figures["rollout_mismatch"] = [float(torch.cat(differences).mean())]  # nats a token
     if estimator.value_head:
         figures["explained_variance"] = [float(explained_variance(old_values, returns, mask))]  # type: ignore[arg-type]
     return {name: sum(values) / len(values) for name, values in figures.items()}
-
-
-@torch.no_grad()
-def forward(policy: Any, batch: Rollout, size: int) -> tuple[Tensor, Tensor]:
-    """log π_old and V (0 without a value head) of the whole rollout, [B, T] each, by the forward that training uses."""
-    log_probs, values = torch.zeros_like(batch.log_probs), torch.zeros_like(batch.log_probs)
-    for rows in torch.arange(len(values)).split(size):
-        sequences = batch.sequences[rows]
-        out = policy(sequences)
-        log_probs[rows, : sequences.mask.shape[1]] = out.log_probs
-        if out.values is not None:
-            values[rows, : sequences.mask.shape[1]] = out.values
-    return log_probs, values

@@ -68,8 +68,9 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             figures["accuracy"].append(((margin.detach() > 0) == (labels[chosen] >= 0.5)).double())
             return objective.loss(margin, labels[chosen])
 
+        lengths = torch.tensor([max(map(len, pairs[i][1:])) for i in numbers])
         with training.keeping(step, {k: [rows[i][k] for i in numbers] for k in PREFERENCES}):
-            loss, norm = training.step(torch.arange(len(numbers)), loss_of)
+            loss, norm = training.step(torch.arange(len(numbers)), loss_of, lengths)
         values = {k: float(accelerator.gather(torch.cat(v)).mean()) for k, v in figures.items()}
         training.log(step, {"loss": loss, **values, "grad_norm": norm}, time.perf_counter() - began)
         if training.end_step(step):

@@ -73,13 +73,17 @@ class Training:
         self._report_to, self._seconds = report_to, 0.0
         self._metrics: Metrics | None = None
 
-    def step(self, rows: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    def step(
+        self, rows: Tensor, loss_of: Callable[[Tensor], Tensor], lengths: Tensor | None = None
+    ) -> tuple[float, float]:
         """One optimiser step along the mean of `loss_of(rows)` ([b] → [b]), in micro-batches; returns loss and grad_norm,
-        those of all processes together. A `max_grad_norm` of 0 clips nothing, as in TrainingArguments.
+        those of all processes together. A `max_grad_norm` of 0 clips nothing, as in TrainingArguments. With the `lengths`
+        of all texts given, micro-batches are of rows of like length, so that less of them is padding.
 
         Raises UserError, before any weight has changed, where either is not finite.
         """
         total = 0.0
+        rows = rows if lengths is None else rows[lengths[rows].argsort(stable=True)]
         micro_batches = rows.split(self.options.per_device_train_batch_size)
         for micro in micro_batches:
             last = micro is micro_batches[-1]
