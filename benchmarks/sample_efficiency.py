@@ -192,13 +192,21 @@ TASKS: dict[str, tuple[Callable[[], Task], Callable[[], tuple[float, float]]]] =
 # -- the methods ---------------------------------------------------------------------------------------------------------
 
 
-def ours(task: Task, rate: float, seed: int, out: Path, objective: str = "match", **changes: Any) -> Path:
+def ours(
+    task: Task,
+    rate: float,
+    seed: int,
+    out: Path,
+    objective: str = "match",
+    policy: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
     from rlhf_fdiv import config as configs
     from rlhf_fdiv.stages.common import execute
 
-    policy = {"max_steps": task.steps, "num_prompts": task.num_prompts, "num_generations": task.num_generations,
-              "max_completion_length": task.length, "per_device_train_batch_size": task.num_prompts * task.num_generations,
-              "learning_rate": rate, "lr_scheduler_type": "linear", "save_steps": task.steps}  # fmt: skip
+    policy = {**(policy or {}), "max_steps": task.steps, "num_prompts": task.num_prompts,
+              "num_generations": task.num_generations, "max_completion_length": task.length,
+              "per_device_train_batch_size": task.num_prompts * task.num_generations, "learning_rate": rate, "lr_scheduler_type": "linear", "save_steps": task.steps}  # fmt: skip
     raw = {"name": "ours", "output_dir": str(out), "stages": ["policy"], "report_to": "none", "seed": seed,
            "model": {"name_or_path": str(task.folder)}, "data": {"prompts_train": str(task.folder / "prompts.jsonl")},
            "scorers": {"reward": {"name": "function", "path": task.reward}}, "objective": objective,
@@ -230,14 +238,17 @@ def trl(task: Task, rate: float, seed: int, out: Path, kind: str, **changes: Any
     return out / "model"
 
 
-def rloo(epochs: int) -> dict[str, Any]:
-    return {"estimator": {"name": "rloo", "num_epochs": epochs}}
+def rloo(epochs: int, **policy: Any) -> dict[str, Any]:
+    return {"estimator": {"name": "rloo", "num_epochs": epochs}, "policy": policy}
 
 
 METHODS: dict[str, Callable[..., Path]] = {
     "rloo": functools.partial(ours, **rloo(1)),
     "rloo, 2 epochs": functools.partial(ours, **rloo(2)),
     "rloo, 4 epochs": functools.partial(ours, **rloo(4)),
+    "rloo, 2 epochs, replay 3": functools.partial(ours, **rloo(2, replay_steps=3)),
+    "rloo, 4 epochs, replay 3": functools.partial(ours, **rloo(4, replay_steps=3)),
+    "rloo, 2 epochs, replay 7": functools.partial(ours, **rloo(2, replay_steps=7)),
     "js, 4 epochs": functools.partial(ours, divergence="js", **rloo(4)),
     "grpo": functools.partial(ours, objective="regularise", estimator="grpo"),
     "ppo, 4 epochs": functools.partial(ours, objective="regularise", estimator={"name": "ppo", "num_epochs": 4}),
@@ -285,14 +296,14 @@ def compare(name: str, methods: list[str], jobs: int, log: Callable[[str], None]
     log(f"\n{name}: optimum J* = {optimum:.4f}, untouched {untouched:.4f}; {task.steps} steps of {task.num_prompts} × "
         f"{task.num_generations} samples; {time.time() - began:.0f} s\n")  # fmt: skip
     log("J* − J on two seeds at each rate, * the best, ! worse than untouched; then at the best on five others\n")
-    log(f"{'':24}" + "".join(f"{rate:>10g}" for rate in RATES) + f"{'confirmed ± s.e.':>20} {'KL to target':>14}")
+    log(f"{'':26}" + "".join(f"{rate:>10g}" for rate in RATES) + f"{'confirmed ± s.e.':>20} {'KL to target':>14}")
     results: dict[str, Any] = {"optimum": optimum, "untouched": untouched}
     for m in methods:
         cells = [f"{optimum - j:.4f}{'*' if r == best[m] else '!' if j < untouched else ' '}"
                  for r, j in zip(RATES, mean[m], strict=True)]  # fmt: skip
         gaps = np.array([optimum - confirmed[m, best[m], s] for s in CONFIRM])
         gap, error = float(gaps.mean()), float(gaps.std(ddof=1) / math.sqrt(len(gaps)))
-        log(f"{m:24}" + "".join(f"{c:>10}" for c in cells) + f"{gap:>11.4f} ± {error:.4f} {gap / task.beta:>14.3f}")
+        log(f"{m:26}" + "".join(f"{c:>10}" for c in cells) + f"{gap:>11.4f} ± {error:.4f} {gap / task.beta:>14.3f}")
         above = [r for r, j in zip(RATES, mean[m], strict=True) if j > untouched]
         results[m] = {
             "gap": gap,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
@@ -199,13 +200,32 @@ def _in_place(cache: DynamicCache) -> DynamicCache:
 def _inverse_cdf(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens with P(token) = softmax(logits) from u ~ U[0, 1), their log-probs and the entropies, [B] each.
 
-    u and the cumulative sum are in float64: in float32 the tail of a 50k vocabulary would be sampled wrongly.
+    u and all sums are in float64: in float32 the tail of a 50k vocabulary would be sampled wrongly. First the block of tokens
+    that u falls into and then the token in it, since a sum costs half of a cumulative one.
     """
     log_p = torch.log_softmax(wide(logits), -1)
     p = log_p.exp()
-    cumulative = p.double().cumsum(-1)
-    token = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    return token.squeeze(1), log_p.gather(1, token).squeeze(1), -(p * log_p.clamp(min=-1e4)).sum(-1)
+    blocks = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    mass = blocks.sum(-1, dtype=torch.float64)
+    block, rest = _search(mass, u[:, None] * mass.sum(-1, keepdim=True))
+    within, _ = _search(blocks[torch.arange(len(p), device=p.device), block.squeeze(1)].double(), rest)
+    token = block * _BLOCK + within
+    log_prob = log_p.gather(1, token).squeeze(1)
+    return token.squeeze(1), log_prob, -torch.linalg.vecdot(p, log_p.clamp_(min=-1e4))
+
+
+_BLOCK = 256
+
+
+def _search(mass: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """The first item whose cumulative `mass` [B, n] exceeds `goal` [B, 1], and how far into it that is; [B, 1] each.
+
+    A goal that rounding has put at the end falls on the last item with any mass.
+    """
+    cumulative = mass.cumsum(-1)
+    goal = goal.minimum(cumulative[:, -1:].nextafter(torch.zeros_like(goal)))
+    item = torch.searchsorted(cumulative, goal, right=True).clamp(max=mass.shape[-1] - 1)
+    return item, (goal - (cumulative - mass).gather(1, item)).clamp(min=0)
 
 
 def _until_eos(tokens: Tensor, eos: int) -> Tensor:

@@ -274,11 +274,12 @@ ALMOST_ONE = 1 - 2.0**-53  # the largest number that torch.rand gives in float64
     st.lists(st.one_of(st.just(-INF), st.floats(-30, 30)), min_size=1, max_size=12).filter(lambda x: max(x) > -INF),
     st.sampled_from([0.0, 5e-324, 2.0**-53, 0.3, 0.999, 1 - 1e-9, ALMOST_ONE]),
     st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([(0, 0), (250, 600), (256, 256), (511, 2), (0, 244)]),
 )
-def test_no_draw_ever_picks_a_token_of_probability_zero(logits, u, dtype):
-    row = torch.tensor([logits], dtype=dtype)
+def test_no_draw_ever_picks_a_token_of_probability_zero(logits, u, dtype, around):
+    row = torch.tensor([[-INF] * around[0] + logits + [-INF] * around[1]], dtype=dtype)  # in a block, or over two
     token, log_prob, entropy = _inverse_cdf(row, T(u))
-    assert logits[int(token)] > -INF
+    assert row[0, token] > -INF
     assert float(log_prob) == pytest.approx(float(row.log_softmax(-1)[0, int(token)]), abs=1e-5)
     assert torch.isfinite(entropy).all()
     p = row.double().softmax(-1)[0]

@@ -672,6 +672,7 @@ RESUMES = {
     "moments": [LORA, "divergence=forward_kl", "target={name: moments, moments: {praise: .6}, num_prompts: 12}"],
     "pointwise": [LORA, "divergence=tv", "target={name: pointwise, scorer: praise}"],
     "bfloat16": [FULL, "model.dtype=bfloat16"],
+    "replay": [LORA, "policy.replay_steps=2", "estimator={name: rloo, num_epochs: 2}"],
 }  # fmt: skip
 
 

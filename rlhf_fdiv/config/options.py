@@ -87,9 +87,10 @@ class TrainingOptions:
 class PolicyOptions(TrainingOptions):
     """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
     optimiser step of them (ppo and grpo: one an epoch and minibatch). With `reference_share` > 0 that share is sampled from
-    the reference, and every completion carries its importance weight π/μ, at most `max_importance_weight`. Scores of
-    `logged_scorers` are recorded beside those that the target is made of, and train nothing. With `logprob_chunk` the update
-    holds the logits of that many tokens at a time: slower, for large vocabularies that would not fit."""
+    the reference, with `replay_steps` each update also goes over the completions of that many steps before; every completion
+    then carries its importance weight π/μ, at most `max_importance_weight`. Scores of `logged_scorers` are recorded beside
+    those that the target is made of, and train nothing. With `logprob_chunk` the update holds the logits of that many tokens
+    at a time: slower, for large vocabularies that would not fit."""
 
     num_prompts: Count = 8
     num_generations: Count = 8
@@ -97,6 +98,7 @@ class PolicyOptions(TrainingOptions):
     engine: Literal["cached", "generate"] = "cached"
     reference_share: BelowOne = 0.0
     max_importance_weight: Positive = 10.0
+    replay_steps: CountOrZero = 0
     warm_start_generations: CountOrZero = 0
     logprob_chunk: CountOrZero = 0
     logged_scorers: list[str] = field(default_factory=list)

@@ -27,6 +27,7 @@ from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, Reference, context_length, in_micro_batches, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import token_rewards
+from rlhf_fdiv.replay import Replay, Scored
 from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
 from rlhf_fdiv.sequences import sequence_sum
@@ -60,6 +61,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     policy, reference = load_policy(start, config.model, estimator.value_head, options.logprob_chunk)
     log_partition = LogPartition()
     training = Training(policy, options, out, accelerator, config.report_to, log_partition=log_partition)
+    replay = Replay(options.replay_steps, accelerator)
     reference.to(accelerator.device)
     scorers = Scorers(specs, accelerator.device)
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
@@ -114,23 +116,27 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         if options.reference_share:
             fresh = in_micro_batches(training.policy, batch.sequences, options.per_device_train_batch_size)
             batch = batch.off_policy(fresh.log_probs, log_a, options.reference_share)
-        log_pi = batch.log_probs
 
         # log Z, the same on every process
         log_ratio = sequence_sum(log_a, mask) - batch.log_mu
         by_prompt = torch.stack([log_ratio + potential, log_ratio], -1).view(-1, options.num_generations, 2)
-        log_z = share_log_z(accelerator, log_partition, batch.prompts, by_prompt)
-        log_z = log_z.repeat_interleave(options.num_generations)
+        log_partition.update(gather_object(batch.prompts), *accelerator.gather(by_prompt.contiguous()).unbind(-1))
 
-        # pseudo-reward and update
-        rewards = rewards_of(objective, f, log_a, mask, potential, log_z)
-        figures = update(training, estimator, batch, rewards(log_pi), config.seed * 1_000_003 + step, rewards)
+        # pseudo-reward and update, with the completions of `replay_steps` steps before
+        whole = replay.beside(Scored(batch, log_a, scores), training.policy, options.per_device_train_batch_size)
+        potentials = dual.target.potential(whole.scores).to(accelerator.device)
+        log_z = log_partition.of(whole.batch.prompts, options.num_generations).to(potentials)
+        log_z = log_z.repeat_interleave(options.num_generations)
+        rewards = rewards_of(objective, f, whole.log_a, whole.batch.sequences.mask, potentials, log_z)
+        figures = update(
+            training, estimator, whole.batch, rewards(whole.batch.log_probs), config.seed * 1_000_003 + step, rewards
+        )
         figures["coverage"] = log_partition.coverage
         drawn = accelerator.gather(batch.drawn)
         figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()}, training.schedule)
 
         # log
-        log.step(step, batch, texts, scores, potential, log_a, log_z, figures, time.perf_counter() - began)
+        log.step(step, batch, texts, scores, potential, log_a, log_z[: len(mask)], figures, time.perf_counter() - began)
         if training.end_step(step):
             log.flush_completions(step)
             training.save(step)
@@ -196,14 +202,6 @@ def solve_target(
                 f"about {count * num_generations * 50 * len(names) / solution.ess:.0f} samples would give 50 each"
             )
     return target
-
-
-def share_log_z(accelerator: Accelerator, log_partition: LogPartition, prompts: list[int], by_prompt: Tensor) -> Tensor:
-    """Updates log Ẑ(x) with every process's prompts and returns this process's, [P]; log p̃/μ and log a/μ, [P, K, 2]."""
-    everyone = accelerator.gather(by_prompt.contiguous())
-    log_z = log_partition.update(gather_object(prompts), *everyone.unbind(-1))
-    first = accelerator.process_index * len(prompts)
-    return log_z[first : first + len(prompts)]
 
 
 def rewards_of(objective: Any, f: Divergence, log_a: Tensor, mask: Tensor, *by_text: Tensor) -> Callable[..., Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.estimators import importance_weights
 from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
@@ -54,10 +53,6 @@ class Log:
         log_pi, log_ref, potential, log_z, _, _, _, log_mu, own, *_ = whole.unbind(1)
         log_p = log_target(log_ref, potential, log_z)
         ess = effective_sample_size((log_p - log_mu).view(-1, k))
-        if batch.own is not None:
-            weights = importance_weights(log_pi, log_mu, self.config.policy.max_importance_weight)
-            figures["ess_importance"] = float(effective_sample_size(weights.log()))
-            figures["clipped_importance"] = float((weights >= self.config.policy.max_importance_weight).float().mean())
         drawn = own.bool()
         groups = (torch.arange(len(whole)) // k)[drawn.cpu()]
         to_target = self._divergences(log_pi[drawn], log_p[drawn], groups)

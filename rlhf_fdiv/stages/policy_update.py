@@ -15,6 +15,7 @@ from rlhf_fdiv.models import in_micro_batches
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.training import Training
+from rlhf_fdiv.targets import effective_sample_size
 
 
 def update(
@@ -42,8 +43,13 @@ def update(
         old_log_probs, old_values = before.log_probs, before.values
     elif unclipped or estimator.num_epochs == 1:
         old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
-    advantages, returns = estimator(rewards, mask, k, old_values, batch.weights(options.max_importance_weight))
+    weights = batch.weights(options.max_importance_weight)
+    advantages, returns = estimator(rewards, mask, k, old_values, weights)
     figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+    if weights is not None:
+        everyones = training.accelerator.gather(weights)
+        figures["ess_importance"] = [float(effective_sample_size(everyones.log()))]
+        figures["clipped_importance"] = [float((everyones >= options.max_importance_weight).float().mean())]
     first, differences = torch.zeros_like(batch.log_probs), list[Tensor]()
 
     def loss_of(rows: Tensor) -> Tensor:

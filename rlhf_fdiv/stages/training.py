@@ -187,6 +187,8 @@ class Training:
             self.accelerator.load_state(str(newest), strict=False)
             for name, x in self.state.items():
                 x.load_state_dict(state[name])
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"{newest}: damaged checkpoint ({error}); remove it to go on from the one before"

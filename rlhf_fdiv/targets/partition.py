@@ -42,15 +42,19 @@ class LogPartition:
             old, weight = self._kept.pop(prompt, (-math.inf, 0.0))
             weight = min(weight + self.coverage, self.horizon)
             self._kept[prompt] = _log_mix(old, new, self.coverage / weight), weight
-        log_z = [self._of(p, log_weights.shape[1]) for p in prompts]
+        log_z = self.of(prompts, log_weights.shape[1]).to(log_weights)
         for longest_unvisited in list(islice(self._kept, max(len(self._kept) - self.capacity, 0))):
             del self._kept[longest_unvisited]
         if log_ratio is not None:
             self.coverage = min(max(float(_log_mean(log_ratio.flatten(), 0).exp()), 1e-9), 1.0)
-        return torch.tensor(log_z, dtype=log_weights.dtype, device=log_weights.device)
+        return log_z
+
+    def of(self, prompts: list[int], k: int) -> Tensor:
+        """The running log Ẑ of prompts that were visited, by batches of k, [P] in float64."""
+        return torch.tensor([self._of(prompt, k) for prompt in prompts], dtype=torch.float64)
 
     def _of(self, prompt: int, k: int) -> float:
-        """The running estimate from batches of k, with the reference's samples where there are some."""
+        """With the reference's samples where there are some."""
         (log_z, weight), (reference, n) = self._kept[prompt], self._reference.get(prompt, (-math.inf, 0))
         return _log_mix(reference, log_z, k * weight / (k * weight + n))
 
