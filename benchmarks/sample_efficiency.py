@@ -206,7 +206,8 @@ def ours(
 
     policy = {**(policy or {}), "max_steps": task.steps, "num_prompts": task.num_prompts,
               "num_generations": task.num_generations, "max_completion_length": task.length,
-              "per_device_train_batch_size": task.num_prompts * task.num_generations, "learning_rate": rate, "lr_scheduler_type": "linear", "save_steps": task.steps}  # fmt: skip
+              "per_device_train_batch_size": task.num_prompts * task.num_generations,
+              "learning_rate": rate, "lr_scheduler_type": "linear", "save_steps": task.steps}  # fmt: skip
     raw = {"name": "ours", "output_dir": str(out), "stages": ["policy"], "report_to": "none", "seed": seed,
            "model": {"name_or_path": str(task.folder)}, "data": {"prompts_train": str(task.folder / "prompts.jsonl")},
            "scorers": {"reward": {"name": "function", "path": task.reward}}, "objective": objective,
