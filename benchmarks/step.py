@@ -1,6 +1,6 @@
 """What one policy step costs, as a ratio to what the model itself costs, beside TRL's trainers.
 
-    python benchmarks/step.py [--model small] [--steps 7] [--json]
+    python benchmarks/step.py [--model small] [--steps 5] [--prompts 8] [--json]
 
 In one process and one thread each, interleaved, after warm-up: our stage's own steps; a floor of HF `generate`, one reference
 forward, one policy forward and backward and the optimiser; a hand-tuned floor of the same maths that imports nothing of
@@ -363,7 +363,7 @@ def measure(name: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]
 
 def peak_memory(name: str, who: str) -> float:
     """MB of a process that makes three steps, less what it had before the model was loaded."""
-    command = [sys.executable, __file__, "--model", name, "--peak-of", who]
+    command = [sys.executable, __file__, "--model", name, "--prompts", str(PROMPTS), "--peak-of", who]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{who}: {done.stderr[-2000:]}")
@@ -407,14 +407,19 @@ def peak_here(name: str, who: str) -> None:
 
 
 def main() -> None:
+    global PROMPTS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SETUPS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each contestant")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant")
+    parser.add_argument(
+        "--prompts", type=int, default=PROMPTS, help=f"prompts a step, of {GENERATIONS} completions each"
+    )
     parser.add_argument(
         "--json", action="store_true", help="the tables go to stderr, and the last line of stdout is JSON"
     )
     parser.add_argument("--peak-of", choices=FOR_PEAK, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    PROMPTS = args.prompts
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     if args.peak_of:
