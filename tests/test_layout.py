@@ -30,6 +30,7 @@ ORDER = (
     "reward_models",
     "rewards",
     "rollout",
+    "replay",
     "metrics",
     "config",
     "tracking",
