@@ -243,6 +243,23 @@ def test_a_value_that_overflows_says_so(f):
     assert e.reason or math.isfinite(e.value)
 
 
+@each_name
+@pytest.mark.parametrize("spread", [1e-170, 1e-9, 100.0, 170.0, 235.0, 400.0])
+def test_no_spread_of_the_log_ratios_is_too_small_or_too_large(f, spread):
+    """Squares and cubes of what an f makes of them leave the range of a float long before they do."""
+    e = estimate(f, spread * log_ratios(1.0))
+    assert e.reason or (math.isfinite(e.value) and math.isfinite(e.standard_error))
+
+
+@each_name
+def test_clusters_whose_sums_agree_leave_no_error(f):
+    """Each holds the same two values, so that the clustered error is 0 or what rounding leaves of it."""
+    s = T(0.3, -0.4).repeat(500)
+    e = estimate(f, s, torch.arange(1000) // 2)
+    assert not e.reason.startswith("too heavy")
+    assert e.reason or e.standard_error < 1e-15
+
+
 def test_one_cluster_has_no_error_and_says_so():
     e = estimate(D.get("reverse_kl"), log_ratios(1), torch.zeros(1000))
     assert math.isnan(e.standard_error)

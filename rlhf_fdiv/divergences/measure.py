@@ -76,8 +76,8 @@ def estimate(f: Divergence, log_pi: Tensor, log_p: Tensor, groups: Tensor | None
     ess = float(weights.sum() ** 2 / (weights**2).sum()) if 0 < float((weights**2).sum()) < math.inf else 0.0
     g = f.summand(s)
     value, error = float(g.mean()), clustered_error(g, groups)
-    independent = min(len(s), (float(g.std()) / error) ** 2) if error else len(s)
-    skewness = _normal_skewness(f, s) / math.sqrt(independent)  # of the mean
+    alone = float(g.std()) / math.sqrt(len(s))  # the error that as many independent samples would have
+    skewness = _normal_skewness(f, s) / math.sqrt(len(s)) * max(1.0, error / alone if alone else 1.0)  # of the mean
     error *= 1 + 1.08 * min(skewness, 1.0) ** 2
     if value == math.inf and bool((s == math.inf).any()):
         return Estimate(value, math.nan, ess)  # mass of π where p = 0, at an infinite price
@@ -107,9 +107,11 @@ def _normal_skewness(f: Divergence, s: Tensor) -> float:
     g = f.summand(torch.cat([inside.mean() + inside.std() * z, torch.tensor([math.inf])]))
     g = torch.where(w > 0, g, 0.0)
     centred = g - (w * g).sum()
-    third, variance = float((w * centred**3).sum()), float((w * centred**2).sum())
-    if math.isnan(third) or math.isinf(variance):
+    largest = centred.abs().max()  # that the powers of its unit neither overflow nor vanish
+    if not largest.isfinite():
         return math.inf
+    unit = centred / largest if largest > 0 else centred
+    third, variance = float((w * unit**3).sum()), float((w * unit**2).sum())
     return abs(third) / variance**1.5 if variance > 0 else 0.0
 
 
