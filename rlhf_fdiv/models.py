@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.model_options import ModelOptions
-from rlhf_fdiv.sequences import Sequences, chunked_log_probs, pad_to_longest, token_log_probs
+from rlhf_fdiv.sequences import Sequences, chunked_log_probs, pad_to_longest, token_log_probs, wide
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -139,7 +139,8 @@ class Policy(nn.Module):
         self.value_head: nn.Linear | None = None
         if value_head:
             config: Any = lm.config
-            self.value_head = nn.Linear(config.get_text_config().hidden_size, 1)
+            dtype = wide(torch.empty(0, dtype=next(lm.parameters()).dtype)).dtype  # never bfloat16
+            self.value_head = nn.Linear(config.get_text_config().hidden_size, 1, dtype=dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self.eval()

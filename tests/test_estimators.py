@@ -30,7 +30,7 @@ from toy import (
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config.options import PolicyOptions
 from rlhf_fdiv.estimators import ESTIMATORS, GRPO, PPO, RLOO, Reinforce, policy_loss
-from rlhf_fdiv.estimators.loss import clip_fraction
+from rlhf_fdiv.estimators.loss import out_of_range
 from rlhf_fdiv.estimators.ppo import explained_variance, generalised_advantages, whiten
 from rlhf_fdiv.models import Policy
 from rlhf_fdiv.objectives import Match, token_rewards
@@ -256,9 +256,10 @@ def test_an_unclipped_loss_is_the_importance_weighted_one_and_sums_over_tokens()
     assert torch.allclose(policy_loss(new, old, advantages, mask), expected)
 
 
-def test_the_clip_fraction_counts_tokens_outside_the_range_and_no_padding():
-    log_ratio = torch.tensor([[1.3, 1.1, 0.7, 9.0], [0.9, 9.0, 9.0, 9.0]]).log()
-    assert float(clip_fraction(log_ratio, torch.zeros(2, 4), mask_of([3, 1], 4), 0.2)) == pytest.approx(2 / 4)
+def test_a_token_is_out_of_range_on_either_side_of_it():
+    log_ratio = torch.tensor([[1.3, 1.1, 0.7], [0.9, 1.19, 0.79]]).log()
+    found = out_of_range(log_ratio, torch.zeros(2, 3), 0.2)
+    assert found.tolist() == [[True, False, True], [False, False, True]]
 
 
 def test_the_value_loss_is_the_larger_of_clipped_and_unclipped():

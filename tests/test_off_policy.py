@@ -462,6 +462,10 @@ def test_a_run_draws_its_share_from_the_reference_and_logs_the_policys_own_alone
     assert len(rows) == len(seen) == 4
     drawn = torch.cat([batch.own for batch, *_ in seen])
     assert 0.3 < float(drawn.float().mean()) < 0.9
+    assert (
+        tiny.completions(out)["praise"].tolist()
+        == torch.cat([praise[batch.own] for batch, praise, *_ in seen]).tolist()
+    )
     running = LogPartition()
     for row, (batch, praise, tilt, log_a, log_z) in zip(rows, seen, strict=True):
         mask, own = batch.sequences.mask, batch.own

@@ -1224,42 +1224,7 @@ def test_evaluate_after_distil_reports_the_divergence_to_the_teacher(distil, sta
     assert (out.parent / "evaluate" / "training.png").is_file()
 
 
-# -- 5. two processes --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
-def test_two_processes_learn_from_pairs_as_one_does(prefer, tmp_path, model):
-    rows = write_rows(tmp_path / "soft.jsonl", pairs(shares(18, 6).tolist()))
-    args = (
-        model, f"data.preferences_train={rows}", "data.preferences_eval=null", "divergence=chi_mix", "prefer.max_steps=3",
-        "prefer.save_steps=3", "prefer.per_device_train_batch_size=2",
-    )  # fmt: skip
-    assert_same_with_two(prefer, "prefer", args, ("margin", "accuracy", "grad_norm"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_two_processes_distil_as_one_does(distil, share):
-    args = (on_policy(share), FULL, "distil.max_steps=3", "distil.save_steps=3", "distil.per_device_train_batch_size=2")
-    assert_same_with_two(distil, "distil", args, ("length", "on_policy", "grad_norm"))
-
-
-def assert_same_with_two(stage, name, args, figures):
-    one = stage(*args, "name=one")
-    said = two_processes("-m", f"rlhf_fdiv.stages.{name}", stage.path, *args, "name=two")
-    two = one.parent.parent / "two" / name
-    assert (two / "finished.json").is_file(), said
-    assert [*two.rglob("random_states_1.pkl")], "there were two processes"
-    rows = [jsonl(out / "metrics.jsonl") for out in (one, two)]
-    assert [row["step"] for row in rows[1]] == [1, 2, 3]
-    for alone, together in zip(*rows, strict=True):
-        for key in figures:
-            assert together[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), (alone["step"], key)
-    assert away(weights(one / "model"), weights(two / "model")) <= 1e-3
-
-
-# -- 6. far away, and other things that go wrong in long runs ----------------------------------------------------------
+# -- 5. far away, and other things that go wrong in long runs ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "js", "chi_mix"])
@@ -1391,22 +1356,6 @@ def test_the_reported_objective_of_prefer_is_reward_less_beta_kl_of_one_beta(pre
 def test_a_loss_that_is_not_finite_is_told_once(prefer):
     told = problems(prefer, FULL, "prefer.optim=sgd", "prefer.learning_rate=1e30")
     assert len(told) == len(set(told)) == 2
-
-
-@pytest.mark.slow
-def test_two_processes_measure_held_out_pairs_and_log_the_loss_of_both(prefer):
-    """A wrapped model's forward by the main process alone waits for ever for the other."""
-    args = (FULL, "prefer.max_steps=3", "prefer.save_steps=3", "prefer.per_device_train_batch_size=2")
-    assert_same_with_two(prefer, "prefer", args, ("loss", "margin", "accuracy", "grad_norm"))
-    runs = Path(prefer.path).parent / "runs"
-    one, two = (json.loads((runs / name / "prefer" / "accuracy.json").read_text()) for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_log_the_divergence_of_both(distil):
-    args = (FULL, on_policy(0.0), "distil.max_steps=3", "distil.save_steps=3")
-    assert_same_with_two(distil, "distil", args, ("loss", "divergence_by_token"))
 
 
 LATE = """

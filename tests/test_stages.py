@@ -19,6 +19,7 @@ from tiny import (
     FILMS,
     PATTERN,
     away,
+    completions,
     jsonl,
     model_folder,
     problems,
@@ -692,10 +693,6 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(policy_stage.Log, "step", stop)
 
 
-def completions(out):
-    return pd.concat(pd.read_parquet(p) for p in sorted((out / "completions").glob("*.parquet"))).reset_index(drop=True)
-
-
 def assert_same_outcome(broken, unbroken):
     assert without_time(jsonl(broken / "metrics.jsonl")) == without_time(jsonl(unbroken / "metrics.jsonl"))
     assert same(weights(broken / "model"), weights(unbroken / "model"))
@@ -1130,33 +1127,6 @@ def test_lambda_that_follows_the_policy_finds_its_moment_from_a_wrong_start(poli
 
 
 # -- 10. two processes -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
-def test_two_processes_take_the_same_steps_as_one(policy, model):
-    args = (model, "policy.max_steps=3", "policy.save_steps=3", "policy.warm_start_generations=4", "divergence=js")
-    one = policy(*args, "name=one")
-    said = two_processes("-m", "rlhf_fdiv.stages.policy", policy.path, *args, "name=two")
-    two = one.parent.parent / "two" / "policy"
-    assert (two / "finished.json").is_file(), said
-    assert len(list((two / "checkpoint-3").glob("random_states_*.pkl"))) == 2, "there were two processes"
-    rows = [jsonl(out / "metrics.jsonl") for out in (one, two)]
-    assert [row["step"] for row in rows[1]] == [1, 2, 3]
-    for alone, together in zip(*rows, strict=True):
-        amplified = {key for key in alone if key.startswith("to_target.")} | {"seconds", "loss", "divergence_target"}
-        for key in alone.keys() - amplified:
-            assert together[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), (alone["step"], key)
-    for key in ("praise", "kl_reference", "log_z", "objective", "entropy", "tokens", "grad_norm"):
-        assert rows[1][0][key] == pytest.approx(rows[0][0][key], abs=1e-5, rel=1e-5), key
-    assert away(weights(one / "model"), weights(two / "model")) <= 1e-3
-    tables = [completions(out).sort_values(["step", "prompts", "completions"]) for out in (one, two)]
-    assert tables[0]["completions"].tolist() == tables[1]["completions"].tolist()
-    states = [json.loads((o / "checkpoint-3" / "policy_state.json").read_text())["log_partition"] for o in (one, two)]
-    assert states[0]["prompts"] == states[1]["prompts"]
-    for alone, together in zip(states[0]["kept"], states[1]["kept"], strict=True):
-        assert alone[0] == pytest.approx(together[0], abs=1e-4)
-        assert alone[1] == pytest.approx(together[1], rel=1e-5)
 
 
 def test_a_second_process_runs_the_stage_that_resume_names_even_where_it_still_looks_finished(policy, monkeypatch):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -130,6 +131,10 @@ def run(path: str, *overrides: str) -> RunFolder:
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def completions(out):
+    return pd.concat(pd.read_parquet(p) for p in sorted((out / "completions").glob("*.parquet"))).reset_index(drop=True)
 
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -37,7 +37,6 @@ def importance_weights(log_pi: Tensor, log_mu: Tensor, cap: float) -> Tensor:
     return (log_pi - log_mu).exp().clamp(max=cap)
 
 
-def clip_fraction(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, clip_range: float) -> Tensor:
-    """The share of tokens whose ratio lies outside the clip range; a scalar."""
-    outside = ((log_probs - old_log_probs).exp() - 1).abs() > clip_range
-    return (outside * mask).sum() / mask.sum()
+def out_of_range(log_probs: Tensor, old_log_probs: Tensor, clip_range: float) -> Tensor:
+    """Which tokens have a ratio outside the clip range, [B, T]."""
+    return ((log_probs - old_log_probs).exp() - 1).abs() > clip_range

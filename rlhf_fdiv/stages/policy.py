@@ -67,14 +67,17 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
 
     def rollout(
-        step: int, prompts: list[int], num_generations: int, lm: torch.nn.Module, reference_share: float = 0.0
+        step: int | range, prompts: list[int], num_generations: int, lm: torch.nn.Module, reference_share: float = 0.0
     ) -> tuple[Rollout, dict[str, Any]]:
-        """This process's share of a step's completions, with their texts; of `lm`, but for `reference_share` of them."""
+        """This process's share of a step's completions, with their texts; of `lm`, but for `reference_share` of them.
+        A range gives each prompt a step of its own: its noise is then the same whatever prompts it is drawn with."""
         places = training.share(list(range(len(prompts))))
         mine = [prompts[i] for i in places]
 
         def noise(length: int, stream: int = 0) -> Tensor:
-            whole = uniforms(config.seed, step, len(prompts) * num_generations, length, stream)
+            own = step if isinstance(step, range) else [step]
+            count = len(prompts) * num_generations // len(own)
+            whole = torch.cat([uniforms(config.seed, s, count, length, stream) for s in own])
             return whole.view(len(prompts), num_generations, -1)[places].flatten(0, 1)
 
         ids = [prompt_ids[i] for i in mine]
@@ -175,8 +178,9 @@ def solve_target(
     )  # no larger than a step's batch
     width = max(share // accelerator.num_processes, 1) * accelerator.num_processes
     for i in range(0, count, width):
+        part = prompts[i : i + width]
         with reference.lm() as lm:
-            _, texts = rollout(-1 - i, prompts[i : i + width], num_generations, lm)
+            _, texts = rollout(range(-1 - i, -1 - i - len(part), -1), part, num_generations, lm)
         for name, values in scorers(list(target.scorers), **texts).items():
             scores[name].append(accelerator.gather(values).view(-1, num_generations))
     table = {name: torch.cat(parts).cpu() for name, parts in scores.items()}

@@ -75,7 +75,7 @@ class Log:
         }
         rows = [
             {"step": step, **{c: v[i] for c, v in texts.items()}, **{n: float(s[i]) for n, s in scores.items()}}
-            for i in range(len(potential) // accelerator.num_processes)
+            for i in batch.drawn.nonzero().squeeze(1).tolist()
         ]
         self.completions += gather_object(rows)
         self.training.log(step, values, seconds, (SHOWN[0], *self.config.target.scorers, *SHOWN[1:]))

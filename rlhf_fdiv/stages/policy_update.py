@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fdiv.estimators import importance_weights, policy_loss
-from rlhf_fdiv.estimators.loss import clip_fraction
+from rlhf_fdiv.estimators.loss import out_of_range
 from rlhf_fdiv.estimators.ppo import explained_variance
 from rlhf_fdiv.models import in_micro_batches
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
-from rlhf_fdiv.stages.training import Training
+from rlhf_fdiv.stages.training import Mean, Training
 from rlhf_fdiv.targets import effective_sample_size
 
 
@@ -43,14 +43,17 @@ def update(
         old_log_probs, old_values = before.log_probs, before.values
     elif unclipped or estimator.num_epochs == 1:
         old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
-    weights = batch.weights(options.max_importance_weight)
-    advantages, returns = estimator(rewards, mask, k, old_values, weights)
+    # of the completions of all processes together: whitening and figures must not depend on how they are shared out
+    whole = [training.gather(x) for x in (rewards, mask, old_values, batch.weights(options.max_importance_weight))]
+    all_rewards, all_masks, all_values, all_weights = whole
+    estimated = estimator(all_rewards, all_masks, k, all_values, all_weights)
+    advantages, returns = (training.own(x, mask) for x in estimated)
     figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
-    if weights is not None:
-        everyones = training.accelerator.gather(weights)
-        figures["ess_importance"] = [float(effective_sample_size(everyones.log()))]
-        figures["clipped_importance"] = [float((everyones >= options.max_importance_weight).float().mean())]
-    first, differences = torch.zeros_like(batch.log_probs), list[Tensor]()
+    if all_weights is not None:
+        figures["ess_importance"] = [float(effective_sample_size(all_weights.log()))]
+        figures["clipped_importance"] = [float((all_weights >= options.max_importance_weight).float().mean())]
+    first = torch.zeros_like(batch.log_probs)
+    mismatch, clipped = Mean(training), Mean(training)
 
     def loss_of(rows: Tensor) -> Tensor:
         sequences = batch.sequences[rows]
@@ -64,7 +67,7 @@ def update(
         old = now if old is None else old
         if not figures["loss"]:  # before the first step rounding alone, or an engine's fault, lies between the two
             first[rows, :length] = now
-            differences.append((now - batch.log_probs[rows, :length])[sequences.mask == 1].abs())
+            mismatch.add((now - batch.log_probs[rows, :length]).abs(), sequences.mask)
         elif unclipped and rescore is not None:  # by how much it moved: rollout and update round differently
             log_pi = batch.log_probs[rows, :length] + now - first[rows, :length]
             cap = options.max_importance_weight
@@ -74,8 +77,7 @@ def update(
         if estimator.value_head:
             loss = loss + estimator.value_loss(out.values, old_value, goal, sequences.mask)
         if estimator.clip_range is not None:
-            clipped = clip_fraction(now, old, sequences.mask, estimator.clip_range)
-            figures.setdefault("clip_fraction", []).append(float(clipped))
+            clipped.add(out_of_range(now, old, estimator.clip_range), sequences.mask)
         return loss
 
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +87,9 @@ def update(
             loss, norm = training.step(rows, loss_of, None if scored_anew else mask.sum(1).cpu())
             figures["loss"].append(loss)
             figures["grad_norm"].append(norm)
-    figures["rollout_mismatch"] = [float(torch.cat(differences).mean())]  # nats a token
+    figures["rollout_mismatch"] = [mismatch.of_all()]  # nats a token
+    if estimator.clip_range is not None:
+        figures["clip_fraction"] = [clipped.of_all()]
     if estimator.value_head:
-        figures["explained_variance"] = [float(explained_variance(old_values, returns, mask))]  # type: ignore[arg-type]
+        figures["explained_variance"] = [float(explained_variance(all_values, estimated.returns, all_masks))]
     return {name: sum(values) / len(values) for name, values in figures.items()}

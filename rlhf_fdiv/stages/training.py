@@ -99,6 +99,19 @@ class Training:
         mean = self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "mean")  # of all processes
         return float(mean), float(norm)  # type: ignore[arg-type]
 
+    def gather(self, x: Any) -> Any:
+        """The rows of all processes, [B, …] each, padded with 0 to the longest in dimension 1; None stays None."""
+        if x is None:
+            return None
+        padded = self.accelerator.pad_across_processes(x, dim=1) if x.ndim > 1 else x
+        return self.accelerator.gather(padded.contiguous())
+
+    def own(self, everyones: Tensor | None, like: Tensor) -> Tensor | None:
+        """This process's rows of what `gather` made of tensors as large as `like`, [B, T]."""
+        if everyones is None:
+            return None
+        return everyones[self.accelerator.process_index * len(like) :][: len(like), : like.shape[1]]
+
     def share(self, rows: list[int]) -> list[int]:
         """This process's part of a step's rows."""
         width = len(rows) // self.accelerator.num_processes
@@ -208,3 +221,19 @@ class Training:
                     del state[name]
 
         self.accelerator.register_save_state_pre_hook(drop_frozen)
+
+
+class Mean:
+    """The mean over the tokens that a mask keeps, of all the batches of all processes."""
+
+    def __init__(self, training: Training) -> None:
+        self.accelerator = training.accelerator
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+
+    def add(self, x: Tensor, mask: Tensor) -> None:
+        self.sums += torch.stack([(x * mask).sum(), mask.sum()])
+
+    def of_all(self) -> float:
+        """To be asked by all processes together."""
+        total, count = self.accelerator.reduce(self.sums, "sum").tolist()
+        return total / count

@@ -1,0 +1,141 @@
+"""One result, however launched: 5 steps by 2 processes of DDP on the CPU against 5 by one, on the same global batch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import completions, jsonl, run, weights, write_config
+from transformers import GPT2Config, GPT2LMHeadModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+FULL, LORA = "model.lora=null", "model.lora={r: 2, lora_alpha: 4}"
+FLOAT32 = ("model.dtype=float32", "{stage}.optim=sgd", "{stage}.learning_rate=0.1")  # AdamW would amplify rounding
+MOMENTS = "{name: moments, moments: {praise: 0.5}, num_prompts: 12, num_generations: 8, dual_learning_rate: 0.3}"
+CASES = {
+    "rloo": ("policy", LORA),
+    "all weights": ("policy", FULL, "divergence=js", "policy.warm_start_generations=4"),
+    "gdc": ("policy", FULL, "divergence=forward_kl", "estimator=reinforce", "policy.reference_share=0.5"),
+    "scored anew": ("policy", FULL, "divergence=js", "estimator={name: rloo, num_epochs: 2}"),
+    "replay": ("policy", FULL, "policy.replay_steps=2"),
+    "grpo": ("policy", FULL, "estimator={name: grpo, num_epochs: 2, clip_range: 0.01}"),
+    "ppo": ("policy", FULL, "estimator={name: ppo, num_epochs: 2, num_minibatches: 1}"),
+    "chunked": ("policy", FULL, "policy.logprob_chunk=4"),
+    "moments": ("policy", FULL, f"target={MOMENTS}"),
+    "prefer": ("prefer", FULL, "divergence=chi_mix"),
+    "prefer, adapter": ("prefer", LORA),
+    "distil": ("distil", FULL, "objective.on_policy=1.0"),
+    "distil, data": ("distil", LORA, "objective.on_policy=0.0"),
+    "rloo, float32": ("policy", FULL, *FLOAT32),
+    "prefer, float32": ("prefer", FULL, *FLOAT32),
+    "distil, float32": ("distil", FULL, *FLOAT32),
+}
+
+# every case in one launch, since most of a launch is imports; the first end of training would take the group along
+LAUNCHED = """
+import json, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from rlhf_fdiv import config
+from rlhf_fdiv.stages.common import execute
+
+torch.set_num_threads(1)
+Accelerator.end_training = lambda self: None
+for name, words in json.loads(Path(sys.argv[1]).read_text()).items():
+    asked = config.load(words[0], words[1:])
+    execute(asked, asked.stages)
+state = Accelerator()
+kind = [str(state.distributed_type), state.num_processes, torch.distributed.get_backend()]
+Path(f"{sys.argv[1]}.{state.process_index}").write_text(json.dumps(kind))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(data, tmp_path_factory):
+    """Case → config file and overrides, the same for both ways; a run folder of each is `runs/one` or `runs/two`."""
+    folder = tmp_path_factory.mktemp("distributed")
+    start, teacher = str(folder / "start"), str(folder / "teacher")
+    config = GPT2Config(  # a Llama's norms are in float32 whatever its dtype
+        vocab_size=len(tiny.WORDS), n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    for seed, place in enumerate((start, teacher)):
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(config).save_pretrained(place)
+        tiny.tokenizer().save_pretrained(place)
+    raw = tiny.raw_config(start, data, folder / "runs")
+    raw |= {
+        "scorers": {"praise": {"name": "pattern", "pattern": tiny.PATTERN}},
+        "target": {"name": "tilted", "reward": "praise", "beta": 0.5},
+        "report_to": "none",
+        "prefer": {"num_pairs": 8, "max_completion_length": 8},
+        "distil": {"num_prompts": 8, "max_completion_length": 6, "teacher": teacher},
+    }
+    raw["model"]["dtype"] = "float64"
+    for stage in ("policy", "prefer", "distil"):
+        raw[stage] |= {"model": start, "max_steps": 5, "save_steps": 5, "learning_rate": 1e-2}
+        raw[stage]["per_device_train_batch_size"] = 4
+    raw["policy"]["num_prompts"] = 6
+    out = {}
+    for name, (stage, *overrides) in CASES.items():
+        objective = "match" if stage == "policy" else {"name": stage}
+        place = folder / name.replace(", ", "-").replace(" ", "-")
+        place.mkdir()
+        path = write_config(
+            place / "asked.yaml", raw | {"objective": objective, "stages": [stage], "output_dir": str(place)}
+        )
+        out[name] = [path, *(x.format(stage=stage) if x in FLOAT32 else x for x in overrides)]
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(asked, tmp_path_factory):
+    """What two processes were, and what they said."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "launched.py").write_text(LAUNCHED)
+    (folder / "cases.json").write_text(json.dumps({name: [*words, "name=two"] for name, words in asked.items()}))
+    said = tiny.two_processes(str(folder / "launched.py"), str(folder / "cases.json"))
+    kinds = [folder / f"cases.json.{rank}" for rank in range(2)]
+    assert all(path.is_file() for path in kinds), said
+    return [json.loads(path.read_text()) for path in kinds]
+
+
+def test_there_were_two_processes_of_ddp(two):
+    assert two == [["DistributedType.MULTI_CPU", 2, "gloo"]] * 2
+
+
+def figures(row):
+    """All that must agree; nan what could not be measured."""
+    return {k: float("nan") if v is None else v for k, v in row.items() if k not in ("step", "seconds")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_what_one_gives(asked, two, name):
+    stage = CASES[name][0]
+    out = [run(*asked[name], "name=one").path / stage, Path(asked[name][0]).parent / "two" / stage]
+    exact = "float32" not in name
+    rows = [jsonl(folder / "metrics.jsonl") for folder in out]
+    assert [row.pop("step") for row in rows[1]] == [1, 2, 3, 4, 5]
+    for alone, together in zip(*rows, strict=True):
+        alone, together = (figures(row) for row in (alone, together))
+        # six digits are printed; what is 0 is left with the rounding of a log-prob
+        assert together == pytest.approx(alone, rel=2e-5, abs=1e-12 if exact else 2e-6, nan_ok=True)
+    states = [json.loads((folder / "checkpoint-5" / "policy_state.json").read_text()) for folder in out]
+    if stage == "prefer":
+        held_out = [json.loads((folder / "accuracy.json").read_text()) for folder in out]
+        assert held_out[1] == pytest.approx(held_out[0], rel=1e-9 if exact else 1e-5)
+    if stage == "policy":
+        tables = [completions(folder).sort_values(["step", "prompts", "completions"]) for folder in out]
+        assert tables[0]["completions"].tolist() == tables[1]["completions"].tolist()
+        assert states[0]["log_partition"]["prompts"] == states[1]["log_partition"]["prompts"]
+        for kept in zip(*(state["log_partition"]["kept"] for state in states), strict=True):
+            flat = [[float(x) for x in torch.tensor(one).flatten()] for one in kept]
+            assert flat[1] == pytest.approx(flat[0], rel=1e-9 if exact else 1e-5)
+    models = [weights(folder / "model") for folder in out]
+    for key, alone in models[0].items():
+        apart = float((models[1][key] - alone).double().norm())
+        assert apart <= (1e-9 if exact else 1e-5) * float(alone.double().norm()), key
