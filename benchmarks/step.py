@@ -325,6 +325,7 @@ def measure(name: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]
         folder, out = Path(place) / "model", Path(place) / "out"
         folder.mkdir()
         setup.make(folder)
+        peak = {who: peak_memory(name, who) for who in FOR_PEAK}  # while this process holds no model yet
         running = {who: start(folder, setup, out) for who, start in CONTESTANTS.items()}
         seconds: dict[str, list[tuple[float, float]]] = {who: [] for who in running}
         for turn in range(steps + 2):
@@ -333,7 +334,6 @@ def measure(name: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]
                 next(iterator)
                 if turn >= 2:  # two to warm up
                     seconds[who].append((time.process_time() - cpu, clock() - wall))
-        peak = {who: peak_memory(name, who) for who in FOR_PEAK}
     cpu, wall = ({who: [pair[i] for pair in pairs] for who, pairs in seconds.items()} for i in (0, 1))
     judged = cpu if DEVICE.type == "cpu" else wall
     median = {who: statistics.median(values) for who, values in judged.items()}

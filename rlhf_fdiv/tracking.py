@@ -196,19 +196,3 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Every complete `checkpoint-N`, the newest last; one is written aside and renamed, so a half one has another name."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    return next(reversed(_checkpoints(folder)), None)
-
-
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest, at least one."""
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)

@@ -34,6 +34,7 @@ ORDER = (
     "metrics",
     "config",
     "tracking",
+    "checkpoints",
     "plots",
     "report",
     "comparison",
@@ -55,6 +56,7 @@ INSIDE = {
     "config": ("files", "options", "checks"),
     "metrics": ("text", "likelihood", "exact", "divergence", "best_of_n"),
     "stages": (
+        "stopping",
         "common",
         "training",
         "policy_log",

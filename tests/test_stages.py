@@ -796,17 +796,6 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_frozen(policy):
     assert sorted(p.name for p in full.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_a_damaged_checkpoint_is_named(policy, monkeypatch):
-    stop_after(monkeypatch, 3)
-    with pytest.raises(Stopped):
-        policy()
-    monkeypatch.undo()
-    folder = Path(policy.path).parent / "runs" / "policy" / "policy" / "checkpoint-2"
-    (folder / "policy_state.json").write_text('{"step": ')
-    (message,) = problems(policy)
-    assert "checkpoint-2: damaged checkpoint" in message
-
-
 # -- 7. nan in a reward or a loss --------------------------------------------------------------------------------------
 
 BROKEN = """

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from rlhf_fdiv import tracking
+from rlhf_fdiv.checkpoints import newest_checkpoint, prune_checkpoints
 from rlhf_fdiv.config import load, parse, to_dict
 from rlhf_fdiv.config.files import with_overrides
 from rlhf_fdiv.errors import UserError
@@ -16,8 +17,6 @@ from rlhf_fdiv.tracking import (
     RunFolder,
     environment,
     is_finished,
-    newest_checkpoint,
-    prune_checkpoints,
     write_atomically,
 )
 
@@ -324,8 +323,19 @@ OTHERS = (
 def checkpoints(tmp_path):
     for name in (*CHECKPOINTS, *OTHERS):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text(name)
+        (tmp_path / name / "policy_state.json").write_text(name)
     return tmp_path
+
+
+def test_a_checkpoint_of_a_trl_trainer_is_whole_once_its_last_file_is(checkpoints):
+    last = checkpoints / "checkpoint-200" / "trainer_state.json"
+    last.parent.mkdir()
+    for text in (None, "", '{"global_step": 2'):
+        if text is not None:
+            last.write_text(text)
+        assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-100"
+    last.write_text('{"global_step": 200}')
+    assert newest_checkpoint(checkpoints) == last.parent
 
 
 def test_the_newest_checkpoint_is_the_highest_whole_one(checkpoints, tmp_path_factory):

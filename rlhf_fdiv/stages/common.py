@@ -23,6 +23,7 @@ from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, rea
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.models import context_length, load_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
+from rlhf_fdiv.stages.stopping import noticed
 from rlhf_fdiv.tracking import RunFolder, is_finished
 
 
@@ -58,7 +59,8 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
             say(f"{name}: taken from {config.reuse}")
         else:
             say(f"{name}: into {folder.stage(name)}")
-            with folder.running(name, main_process) as out:
+            in_steps = name in ("sft", "policy", "prefer", "distil")
+            with folder.running(name, main_process) as out, noticed(between_steps=in_steps):
                 importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
     return folder
 

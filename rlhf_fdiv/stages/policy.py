@@ -21,6 +21,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from rlhf_fdiv import targets
+from rlhf_fdiv.checkpoints import newest_checkpoint
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PROMPTS, extra_columns, read_rows, tokenize_prompts
 from rlhf_fdiv.divergences import Divergence
@@ -36,7 +37,7 @@ from rlhf_fdiv.stages.policy_log import Log
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.targets import DualAscent, LogPartition
-from rlhf_fdiv.tracking import RunFolder, newest_checkpoint, write_atomically
+from rlhf_fdiv.tracking import RunFolder, write_atomically
 
 
 def main(config: RunConfig, folder: RunFolder, out: Path) -> None:

@@ -13,12 +13,14 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_fdiv import divergences
+from rlhf_fdiv.checkpoints import newest_checkpoint, step_of
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import COMPLETIONS, read_rows
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
 from rlhf_fdiv.objectives import next_token_divergence
 from rlhf_fdiv.stages.common import run_stage, trainer_arguments
-from rlhf_fdiv.tracking import Metrics, RunFolder, newest_checkpoint
+from rlhf_fdiv.stages.stopping import StopCallback, stop
+from rlhf_fdiv.tracking import Metrics, RunFolder
 
 
 class DivergenceSFTTrainer(SFTTrainer):
@@ -70,10 +72,13 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     trainer = DivergenceSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)  # type: ignore[arg-type]
     trainer.divergence = divergences.get(options.divergence)
     checkpoint = newest_checkpoint(out)
-    metrics = Metrics(out, config.report_to, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    metrics = Metrics(out, config.report_to, step_of(checkpoint) if checkpoint else 0)
     trainer.add_callback(MetricsCallback(metrics))
+    trainer.add_callback(until := StopCallback())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics.close()
+    if until.stopped:
+        stop(f"sft: stopped; {newest_checkpoint(out)} is saved")
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")
 

@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 from transformers import get_scheduler
 
+from rlhf_fdiv.checkpoints import STATE, checkpoints, checksums, damage, none_left, prune_checkpoints, set_aside, step_of
 from rlhf_fdiv.config.options import TrainingOptions
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, save_policy
-from rlhf_fdiv.tracking import Metrics, newest_checkpoint, prune_checkpoints
+from rlhf_fdiv.stages.stopping import asked, stop
+from rlhf_fdiv.tracking import Metrics
 
 
 def launch(key: str, count: int) -> Accelerator:
@@ -70,7 +73,7 @@ class Training:
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.state = {"scheduler": scheduler, **state}
         self.at_step, self.batch = 0, dict[str, list[Any]]()
-        self._report_to, self._seconds = report_to, 0.0
+        self._report_to, self._seconds, self.stopping = report_to, 0.0, False
         self._metrics: Metrics | None = None
 
     def step(
@@ -170,12 +173,14 @@ class Training:
         return float(self.state["scheduler"].get_last_lr()[0] / self.options.learning_rate)
 
     def end_step(self, step: int) -> bool:
-        """Advances the schedule; True where a checkpoint is due."""
+        """Advances the schedule; True where a checkpoint is due, by the number of steps or a scheduler's signal."""
         self.state["scheduler"].step()
-        return step % self.options.save_steps == 0 or step == self.options.max_steps
+        self.stopping = asked() and step < self.options.max_steps
+        return self.stopping or step % self.options.save_steps == 0 or step == self.options.max_steps
 
     def save(self, step: int) -> None:
-        """Writes `checkpoint-<step>` aside and renames it, so that a checkpoint is whole or absent."""
+        """Writes `checkpoint-<step>` aside and renames it, so that a checkpoint is whole or absent. The process ends then, where
+        a signal asked it to."""
         part = self.out / f".checkpoint-{step}"
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
@@ -184,30 +189,48 @@ class Training:
         self.accelerator.wait_for_everyone()  # each process writes its own part
         if self.accelerator.is_main_process:
             state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}}
-            (part / "policy_state.json").write_text(json.dumps(state), encoding="utf-8")
+            (part / STATE).write_text(json.dumps(state | {"files": checksums(part)}), encoding="utf-8")
             os.replace(part, self.out / f"checkpoint-{step}")
             prune_checkpoints(self.out, self.options.save_total_limit)
         self.accelerator.wait_for_everyone()
+        if self.stopping:
+            stop(f"step {step}: stopped; {self.out / f'checkpoint-{step}'} is saved")
 
     def restore(self) -> int:
-        """Loads the newest checkpoint of `out`, if there is one, and returns its step."""
+        """Loads the newest checkpoint of `out` that is whole, if there is one, and returns its step; 0 without any.
+
+        A damaged one is named, set aside, and the one before it taken. Raises UserError where none is left.
+        """
         self._only_trained()
-        newest = newest_checkpoint(self.out)
-        if newest is None:
-            return 0
+        main, tried = self.accelerator.is_main_process, list[Path]()
+        for checkpoint in reversed(checkpoints(self.out)):
+            problem = self._agree(damage(checkpoint) if main else "") or self._agree(self._load(checkpoint))
+            if not problem:
+                self.accelerator.print(f"resumed from {checkpoint}")
+                return step_of(checkpoint)
+            tried.append(set_aside(checkpoint) if main else checkpoint)
+            self.accelerator.print(f"warning: {checkpoint} is damaged ({problem}); it is now {tried[-1].name}")
+            self.accelerator.wait_for_everyone()
+        if tried:
+            raise none_left(tried)
+        return 0
+
+    def _load(self, checkpoint: Path) -> str:
+        """What went wrong; nothing where all is loaded."""
         try:
-            state = json.loads((newest / "policy_state.json").read_text(encoding="utf-8"))
-            self.accelerator.load_state(str(newest), strict=False)
+            state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            self.accelerator.load_state(str(checkpoint), strict=False)
             for name, x in self.state.items():
                 x.load_state_dict(state[name])
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"{newest}: damaged checkpoint ({error}); remove it to go on from the one before"
-            ) from error
-        self.accelerator.print(f"resumed from {newest}")
-        return int(state["step"])
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _agree(self, problem: str) -> str:
+        """The problem that any process has."""
+        return next(filter(None, gather_object([problem])), "")
 
     def _only_trained(self) -> None:
         """Keeps frozen weights out of checkpoints: the reference they belong to is read from where it was, never

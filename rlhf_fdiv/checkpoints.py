@@ -1,0 +1,77 @@
+"""Which checkpoints of a folder are whole: each is written aside and renamed, with a checksum of every file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+from rlhf_fdiv.errors import UserError
+
+STATE, TRAINER_STATE = "policy_state.json", "trainer_state.json"  # ours; of a TRL trainer, which writes it last
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Every complete `checkpoint-N`, the newest last."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit() and _complete(p)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _complete(checkpoint: Path) -> bool:
+    if (checkpoint / STATE).is_file():
+        return True
+    try:
+        return bool(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(checkpoints(folder)), None)
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest, at least one."""
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file by name, but for the one that will hold them."""
+    sums = {}
+    for path in sorted(p for p in folder.iterdir() if p.name != STATE):
+        sums[path.name] = 0
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                sums[path.name] = zlib.crc32(block, sums[path.name])
+    return sums
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint of ours, in words; nothing where all its files are as they were written."""
+    try:
+        written = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("files", {})
+        found = checksums(checkpoint) if written else {}
+    except (OSError, ValueError) as error:
+        return f"{STATE}: {type(error).__name__}: {error}"
+    return ", ".join(f"{name} is not as it was written" for name in written if found.get(name) != written[name])
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint that cannot be read, so that another can be written in its place."""
+    names = (f"damaged-{checkpoint.name}" + (f".{n}" if n else "") for n in itertools.count())
+    free = next(path for path in map(checkpoint.with_name, names) if not path.exists())
+    return checkpoint.rename(free)
+
+
+def none_left(tried: list[Path]) -> UserError:
+    return UserError(
+        f"{tried[0].parent}: none of its checkpoints can be read; they are kept as {', '.join(p.name for p in tried)}. "
+        "Without them the stage would start anew: run it again to do that"
+    )
