@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator

@@ -1,6 +1,5 @@
 """Kills, signals and damage: what is left of a run, and that it goes on as if nothing had been."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -13,9 +12,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import completions, jsonl, problems, run, without_time, write_config
+from tiny import completions, jsonl, problems, run, write_config
 
-from rlhf_fdiv.checkpoints import checkpoints, damage
+from rlhf_fdiv.checkpoints import checkpoints, damage, step_of
 from rlhf_fdiv.stages.stopping import STOPPED_EXIT_CODE
 
 pytestmark = pytest.mark.faults
@@ -108,3 +107,104 @@ def test_a_run_that_is_killed_at_random_moments_ends_bit_for_bit_as_one_that_was
         same_folder(runs / "unbroken" / stage, runs / "broken" / stage)
     for folder in ("unbroken", "broken"):
         (runs / folder).rename(runs / f"{name}-{folder}")
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+LONG = {"sft": 60, "policy": 40, "prefer": 80, "distil": 80}  # steps, more than are over before a signal is sent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "number"), zip(LONG, [signal.SIGTERM, signal.SIGUSR1] * 2, strict=True))
+def test_a_schedulers_signal_ends_the_step_saves_and_exits_with_a_code_of_its_own(config, tmp_path, stage, number):
+    objective = stage if stage in ("prefer", "distil") else "match"
+    words = (
+        f"stages=[{stage}]", f"objective={objective}", f"{stage}.max_steps={LONG[stage]}", f"output_dir={tmp_path}",
+        "target={name: tilted, reward: praise, beta: 0.5}", "report_to=none", "sft.training_args.logging_steps=1",
+        *([] if stage == "sft" else [f"{stage}.save_steps=1000"]),
+    )  # fmt: skip
+    process(config, *words, "name=whole").join()
+    child = process(config, *words, "name=stopped")
+    out = tmp_path / "stopped" / stage
+    while not (out / "metrics.jsonl").is_file() or len(jsonl(out / "metrics.jsonl")) < 3:
+        assert child.is_alive()
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    child.join(60)
+    assert child.exitcode == STOPPED_EXIT_CODE
+    (saved,) = checkpoints(out)
+    assert 3 <= step_of(saved) < LONG[stage]
+    assert not (out / "finished.json").is_file()
+    again = process(config, *words, "name=stopped")
+    again.join()
+    assert again.exitcode == 0
+    same_models = [load_file(tmp_path / name / stage / "model" / "model.safetensors") for name in ("whole", "stopped")]
+    assert tiny.same(*same_models)
+
+
+def test_a_signal_where_there_are_no_steps_ends_the_stage_at_once(config, monkeypatch):
+    """Nothing is lost: what such a stage makes it makes anew, and those before it are finished."""
+    monkeypatch.setattr("rlhf_fdiv.stages.evaluate.main", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        run(config, "stages=[evaluate]", "name=at-once")
+    assert stopped.value.code == STOPPED_EXIT_CODE
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(config, tmp_path):
+    """The policy stage of a run that was stopped after step 3, with checkpoints of steps 1, 2 and 3; and how to go on."""
+    words = (
+        "stages=[policy]", "policy.save_steps=1", "policy.save_total_limit=3", "report_to=none", f"output_dir={tmp_path}",
+        "target={name: tilted, reward: praise, beta: 0.5}",
+    )  # fmt: skip
+    folder = run(config, *words, "policy.max_steps=3", "name=stopped").stage("policy")
+    (folder / "finished.json").unlink()
+    resolved = folder.parent / "resolved_config.yaml"
+    resolved.write_text(resolved.read_text().replace("max_steps: 3", "max_steps: 4"))
+    return folder, lambda: run(config, *words, "policy.max_steps=4", "name=stopped").stage("policy")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "file"),
+    [
+        (cut, "model.safetensors"), (flip, "model.safetensors"), (Path.unlink, "model.safetensors"), (flip, "optimizer.bin"),
+        (cut, "random_states_0.pkl"), (cut, "policy_state.json"), (Path.unlink, "policy_state.json"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, harm, file, capsys):
+    folder, go_on = stopped
+    harm(folder / "checkpoint-3" / file)
+    go_on()
+    said = capsys.readouterr().out
+    if (harm, file) != (Path.unlink, "policy_state.json"):  # without it the checkpoint was never whole
+        assert "checkpoint-3 is damaged (" in said
+        assert file in said
+        assert (folder / "damaged-checkpoint-3" / "policy_state.json").is_file()
+    assert f"resumed from {folder / 'checkpoint-2'}" in said
+    assert [row["step"] for row in jsonl(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [p.name for p in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert not damage(folder / "checkpoint-3")
+
+
+def test_with_no_checkpoint_that_can_be_read_the_run_stops_and_says_what_is_kept(stopped):
+    folder, go_on = stopped
+    for n in (1, 2, 3):
+        flip(folder / f"checkpoint-{n}" / "model.safetensors")
+    (message,) = problems(go_on)
+    assert "none of its checkpoints can be read" in message
+    assert "damaged-checkpoint-3, damaged-checkpoint-2, damaged-checkpoint-1" in message
+    assert len(completions(go_on())) == 4 * 16, "asked once more, it starts anew"

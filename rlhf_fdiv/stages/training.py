@@ -18,7 +18,16 @@ from rich.console import Console
 from torch import Tensor
 from transformers import get_scheduler
 
-from rlhf_fdiv.checkpoints import STATE, checkpoints, checksums, damage, none_left, prune_checkpoints, set_aside, step_of
+from rlhf_fdiv.checkpoints import (
+    STATE,
+    checkpoints,
+    checksums,
+    damage,
+    none_left,
+    prune_checkpoints,
+    set_aside,
+    step_of,
+)
 from rlhf_fdiv.config.options import TrainingOptions
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, save_policy
@@ -179,8 +188,8 @@ class Training:
         return self.stopping or step % self.options.save_steps == 0 or step == self.options.max_steps
 
     def save(self, step: int) -> None:
-        """Writes `checkpoint-<step>` aside and renames it, so that a checkpoint is whole or absent. The process ends then, where
-        a signal asked it to."""
+        """Writes `checkpoint-<step>` aside and renames it, so that a checkpoint is whole or absent. Ends the process then
+        if a signal asked for it."""
         part = self.out / f".checkpoint-{step}"
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
@@ -190,7 +199,10 @@ class Training:
         if self.accelerator.is_main_process:
             state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}}
             (part / STATE).write_text(json.dumps(state | {"files": checksums(part)}), encoding="utf-8")
-            os.replace(part, self.out / f"checkpoint-{step}")
+            whole = self.out / f"checkpoint-{step}"
+            if whole.exists():  # not a checkpoint, or the run would have gone on from it
+                set_aside(whole)
+            os.replace(part, whole)
             prune_checkpoints(self.out, self.options.save_total_limit)
         self.accelerator.wait_for_everyone()
         if self.stopping:
