@@ -250,6 +250,9 @@ METHODS: dict[str, Callable[..., Path]] = {
     "rloo, 2 epochs, replay 3": functools.partial(ours, **rloo(2, replay_steps=3)),
     "rloo, 4 epochs, replay 3": functools.partial(ours, **rloo(4, replay_steps=3)),
     "rloo, 2 epochs, replay 7": functools.partial(ours, **rloo(2, replay_steps=7)),
+    "rloo, 2 epochs, replay 3, w≤1": functools.partial(ours, **rloo(2, replay_steps=3, max_importance_weight=1.0)),
+    "rloo, 4 epochs, replay 3, w≤1": functools.partial(ours, **rloo(4, replay_steps=3, max_importance_weight=1.0)),
+    "rloo, 4 epochs, replay 7, w≤1": functools.partial(ours, **rloo(4, replay_steps=7, max_importance_weight=1.0)),
     "js, 4 epochs": functools.partial(ours, divergence="js", **rloo(4)),
     "grpo": functools.partial(ours, objective="regularise", estimator="grpo"),
     "ppo, 4 epochs": functools.partial(ours, objective="regularise", estimator={"name": "ppo", "num_epochs": 4}),
@@ -297,14 +300,14 @@ def compare(name: str, methods: list[str], jobs: int, log: Callable[[str], None]
     log(f"\n{name}: optimum J* = {optimum:.4f}, untouched {untouched:.4f}; {task.steps} steps of {task.num_prompts} × "
         f"{task.num_generations} samples; {time.time() - began:.0f} s\n")  # fmt: skip
     log("J* − J on two seeds at each rate, * the best, ! worse than untouched; then at the best on five others\n")
-    log(f"{'':26}" + "".join(f"{rate:>10g}" for rate in RATES) + f"{'confirmed ± s.e.':>20} {'KL to target':>14}")
+    log(f"{'':30}" + "".join(f"{rate:>10g}" for rate in RATES) + f"{'confirmed ± s.e.':>20} {'KL to target':>14}")
     results: dict[str, Any] = {"optimum": optimum, "untouched": untouched}
     for m in methods:
         cells = [f"{optimum - j:.4f}{'*' if r == best[m] else '!' if j < untouched else ' '}"
                  for r, j in zip(RATES, mean[m], strict=True)]  # fmt: skip
         gaps = np.array([optimum - confirmed[m, best[m], s] for s in CONFIRM])
         gap, error = float(gaps.mean()), float(gaps.std(ddof=1) / math.sqrt(len(gaps)))
-        log(f"{m:26}" + "".join(f"{c:>10}" for c in cells) + f"{gap:>11.4f} ± {error:.4f} {gap / task.beta:>14.3f}")
+        log(f"{m:30}" + "".join(f"{c:>10}" for c in cells) + f"{gap:>11.4f} ± {error:.4f} {gap / task.beta:>14.3f}")
         above = [r for r, j in zip(RATES, mean[m], strict=True) if j > untouched]
         results[m] = {
             "gap": gap,
