@@ -53,14 +53,12 @@ def checksums(folder: Path) -> dict[str, int]:
     return sums
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint of ours, in words; nothing where all its files are as they were written."""
-    try:
-        written = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("files", {})
-        found = checksums(checkpoint) if written else {}
-    except (OSError, ValueError) as error:
-        return f"{STATE}: {type(error).__name__}: {error}"
-    return ", ".join(f"{name} is not as it was written" for name in written if found.get(name) != written[name])
+def require_whole(checkpoint: Path) -> None:
+    """Raises ValueError where a file of a checkpoint of ours is not as it was written."""
+    written = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("files", {})
+    found = checksums(checkpoint) if written else {}
+    if changed := [name for name in written if found.get(name) != written[name]]:
+        raise ValueError(f"{', '.join(changed)} not as it was written")
 
 
 def set_aside(checkpoint: Path) -> Path:

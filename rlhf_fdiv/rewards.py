@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import multiprocessing
 import operator
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -127,11 +128,13 @@ class Function:
     """A user's function by dotted path, with TRL's signature (prompts, completions, **columns) → list of numbers.
 
     With `num_workers` above 1 that many threads each score a part of the completions: for functions that wait, on a service
-    or a checker's process, and that judge each completion by itself.
+    or a checker's process, and that judge each completion by itself. With a `timeout` a call that takes longer, in seconds,
+    ends the run in place of waiting for ever.
     """
 
     path: str
     num_workers: Count = 1
+    timeout: Positive | None = None
     name: ClassVar[str] = "function"
 
     def __post_init__(self) -> None:
@@ -146,14 +149,14 @@ class Function:
             raise UserError(f"scorers: cannot load {self.path}: {error}") from error
         if not callable(found):
             raise UserError(f"scorers: {self.path} is not a function")
-        return found if self.num_workers == 1 else _in_threads(found, self.num_workers)
+        return found if self.num_workers == 1 and self.timeout is None else _in_threads(found, self)
 
 
-def _in_threads(function: Score, num_workers: int) -> Score:
-    pool = ThreadPoolExecutor(num_workers)
+def _in_threads(function: Score, spec: Function) -> Score:
+    pool = ThreadPool(spec.num_workers)  # of daemons: the process can end while one of them still waits
 
     def score(**rows: list[Any]) -> list[Any]:
-        width = math.ceil(len(rows["completions"]) / num_workers)
+        width = math.ceil(len(rows["completions"]) / spec.num_workers)
 
         def part(start: int) -> list[Any]:
             mine = {name: column[start : start + width] for name, column in rows.items()}
@@ -162,8 +165,11 @@ def _in_threads(function: Score, num_workers: int) -> Score:
                 raise ValueError(f"gave {len(values)} numbers for {len(mine['completions'])} completions")
             return values
 
-        parts = pool.map(part, range(0, len(rows["completions"]), width))
-        return [value for values in parts for value in values]
+        parts = pool.map_async(part, range(0, len(rows["completions"]), width), chunksize=1)
+        try:
+            return [value for values in parts.get(spec.timeout) for value in values]
+        except multiprocessing.TimeoutError:
+            raise TimeoutError(f"no answer within {spec.timeout:g} s") from None
 
     return score
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_fdiv.checkpoints import newest_checkpoint
 from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, parse, to_dict
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
@@ -71,9 +72,9 @@ class RunFolder:
             self.require_same_config()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(written, dump(dataclasses.replace(self.config, resume=None)))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made: {error}") from error
-        write_atomically(written, dump(dataclasses.replace(self.config, resume=None)))
 
     def require_same_config(self) -> None:
         """Raises UserError, naming each change, where the folder holds a run with another config."""
@@ -120,12 +121,27 @@ class RunFolder:
         """Times a stage and, on the process that writes, marks it finished; an exception leaves it unfinished."""
         folder = self.stage(name)
         folder.mkdir(parents=True, exist_ok=True)
+        if writes:
+            self._require_same_data(name)
         start = time.time()
         yield folder
         if writes:
             seconds = round(time.time() - start, 2)
             write_atomically(folder / "finished.json", json.dumps({"seconds": seconds}))
             self._note(name, seconds)
+
+    def _require_same_data(self, stage: str) -> None:
+        """Raises UserError where a stage would go on from a checkpoint with other data than it began with."""
+        path, data = self.stage(stage) / "data_sha256.json", to_dict(self.config)["data"]
+        keys = [key.removeprefix("data.") for key in MADE_FROM.get(stage, ()) if key.startswith("data.")]
+        now = {key: file_hash(data[key]) for key in keys if data[key]}
+        if path.is_file() and newest_checkpoint(path.parent) and (then := json.loads(path.read_text())) != now:
+            changed = ", ".join(f"data.{key} ({data[key]})" for key in now if then.get(key) != now[key])
+            raise UserError(
+                f"{path.parent}: {changed} changed since this stage began. Put back what it was, or begin the stage anew "
+                f"with resume={stage}; what is there is kept aside"
+            )
+        write_atomically(path, json.dumps(now, indent=2))
 
     def _note(self, stage: str, seconds: float) -> None:
         path, config = self.path / "manifest.json", to_dict(self.config)

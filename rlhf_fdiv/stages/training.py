@@ -22,9 +22,10 @@ from rlhf_fdiv.checkpoints import (
     STATE,
     checkpoints,
     checksums,
-    damage,
+    newest_checkpoint,
     none_left,
     prune_checkpoints,
+    require_whole,
     set_aside,
     step_of,
 )
@@ -99,7 +100,7 @@ class Training:
         micro_batches = rows.split(self.options.per_device_train_batch_size)
         for micro in micro_batches:
             last = micro is micro_batches[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy), self._enough_memory():
                 loss = loss_of(micro).sum() / len(rows)
                 self.require_finite(loss, "loss")
                 self.accelerator.backward(loss)
@@ -141,6 +142,20 @@ class Training:
             raise UserError(
                 f"step {step}: scoring raised {type(error).__name__}: {error}", self._keep_batch()
             ) from error
+
+    @contextlib.contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Says which keys need less, where the memory is not enough."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one; a CPU's allocator raises it plainly
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                size = self.options.per_device_train_batch_size
+                raise UserError(
+                    f"step {self.at_step}: out of memory in the update. Lower per_device_train_batch_size (now {size}), set "
+                    "logprob_chunk or model.lora, or take model.dtype=bfloat16; the last checkpoint is intact"
+                ) from error
+            raise
 
     def require_finite(self, value: Tensor, what: str) -> None:
         """Stops the run at a nan or infinite value, before it reaches the weights."""
@@ -194,11 +209,13 @@ class Training:
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()  # each process writes its own part
+        if problem := self._together(self.accelerator.save_state, str(part)) or self._together(self._seal, part, step):
+            last = newest_checkpoint(self.out)
+            raise UserError(
+                f"step {step}: the checkpoint cannot be written: {problem}. "
+                + (f"{last} is intact, and the same command goes on from it" if last else "There is none before it")
+            )
         if self.accelerator.is_main_process:
-            state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}}
-            (part / STATE).write_text(json.dumps(state | {"files": checksums(part)}), encoding="utf-8")
             whole = self.out / f"checkpoint-{step}"
             if whole.exists():  # not a checkpoint, or the run would have gone on from it
                 set_aside(whole)
@@ -208,6 +225,12 @@ class Training:
         if self.stopping:
             stop(f"step {step}: stopped; {self.out / f'checkpoint-{step}'} is saved")
 
+    def _seal(self, part: Path, step: int) -> None:
+        """What is not of one process alone, and the checksums of all."""
+        if self.accelerator.is_main_process:
+            state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}, "files": checksums(part)}
+            (part / STATE).write_text(json.dumps(state), encoding="utf-8")
+
     def restore(self) -> int:
         """Loads the newest checkpoint of `out` that is whole, if there is one, and returns its step; 0 without any.
 
@@ -216,7 +239,7 @@ class Training:
         self._only_trained()
         main, tried = self.accelerator.is_main_process, list[Path]()
         for checkpoint in reversed(checkpoints(self.out)):
-            problem = self._agree(damage(checkpoint) if main else "") or self._agree(self._load(checkpoint))
+            problem = self._together(self._check, checkpoint) or self._together(self._load, checkpoint)
             if not problem:
                 self.accelerator.print(f"resumed from {checkpoint}")
                 return step_of(checkpoint)
@@ -227,21 +250,25 @@ class Training:
             raise none_left(tried)
         return 0
 
-    def _load(self, checkpoint: Path) -> str:
-        """What went wrong; nothing where all is loaded."""
+    def _load(self, checkpoint: Path) -> None:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        self.accelerator.load_state(str(checkpoint), strict=False)
+        for name, x in self.state.items():
+            x.load_state_dict(state[name])
+
+    def _check(self, checkpoint: Path) -> None:
+        if self.accelerator.is_main_process:
+            require_whole(checkpoint)
+
+    def _together(self, action: Callable[..., None], *args: Any) -> str:
+        """Does something with files; what went wrong there with any process, in words, told to all of them."""
+        problem = ""
         try:
-            state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-            self.accelerator.load_state(str(checkpoint), strict=False)
-            for name, x in self.state.items():
-                x.load_state_dict(state[name])
+            action(*args)
         except UserError:
             raise
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
-
-    def _agree(self, problem: str) -> str:
-        """The problem that any process has."""
+        except Exception as error:  # of the file system, safetensors, torch or JSON
+            problem = f"{type(error).__name__}: {error}"
         return next(filter(None, gather_object([problem])), "")
 
     def _only_trained(self) -> None:
