@@ -45,11 +45,12 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 def checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of every file by name, but for the one that will hold them."""
     sums = {}
-    for path in sorted(p for p in folder.iterdir() if p.name != STATE):
-        sums[path.name] = 0
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != STATE):
+        name = path.relative_to(folder).as_posix()
+        sums[name] = 0
         with path.open("rb") as file:
             while block := file.read(2**24):
-                sums[path.name] = zlib.crc32(block, sums[path.name])
+                sums[name] = zlib.crc32(block, sums[name])
     return sums
 
 

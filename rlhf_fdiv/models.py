@@ -136,6 +136,8 @@ class Policy(nn.Module):
     def __init__(self, lm: nn.Module, value_head: bool = False, logprob_chunk: int = 0) -> None:
         super().__init__()
         self.lm, self.logprob_chunk = lm, logprob_chunk
+        self._no_split_modules = getattr(under_adapter(lm), "_no_split_modules", None)  # what FSDP shards one by one
+        self.share_prompts = True  # not where a wrapper waits for every output of a block: keys and values are none
         self.value_head: nn.Linear | None = None
         if value_head:
             config: Any = lm.config
@@ -146,14 +148,17 @@ class Policy(nn.Module):
         self.eval()
 
     def forward(self, sequences: Sequences) -> TokenOutputs:
-        tokens, mask = sequences.completion_ids, sequences.mask
+        tokens, mask, share = sequences.completion_ids, sequences.mask, self.share_prompts
+        length = tokens.shape[1]
         if self.logprob_chunk:
             base = under_adapter(self.lm)
-            hidden = read_completions(self.lm, base.base_model, sequences).last_hidden_state
+            hidden = read_completions(self.lm, base.base_model, sequences, share).last_hidden_state[:, -length:]
             log_probs = chunked_log_probs(base.get_output_embeddings(), hidden, tokens, mask, self.logprob_chunk)
             return TokenOutputs(log_probs, self._values(hidden, mask), None)
-        out = read_completions(self.lm, self.lm, sequences, output_hidden_states=self.value_head is not None)
-        hidden = out.hidden_states[-1] if self.value_head is not None else out.logits
+        critic = self.value_head is not None
+        options = {"output_hidden_states": critic, "logits_to_keep": length}
+        out = read_completions(self.lm, self.lm, sequences, share, **options)
+        hidden = out.hidden_states[-1][:, -length:] if critic else out.logits
         return TokenOutputs(token_log_probs(out.logits, tokens, mask), self._values(hidden, mask), out.logits)
 
     def _values(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
@@ -162,19 +167,21 @@ class Policy(nn.Module):
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1) * mask
 
 
-def read_completions(lm: Any, model: Any, sequences: Sequences, **options: Any) -> Any:
-    """The outputs of `model`, which is `lm` or what is below its head, where they predict a completion's tokens: [B, T, …].
+def read_completions(lm: Any, model: Any, sequences: Sequences, share_prompts: bool = True, **options: Any) -> Any:
+    """The outputs of `model`, which is `lm` or what is below its head, up to where they predict a completion's last token.
 
     What a prompt says is the same for each of its completions, so every distinct prompt is read once, all but its last
-    token, and its keys and values, with their gradients, serve all of them.
+    token, and its keys and values, with their gradients, serve all of them; unless `share_prompts` is False.
     """
     inputs = {name: x[:, :-1] for name, x in sequences.model_inputs().items()}  # the last token predicts nothing
-    shared, cache = sequences.prompt_ids.shape[1] - 1, DynamicCache(config=lm.config)
-    if shared:
-        each, which = torch.stack([x[:, :shared] for x in inputs.values()]).unique(dim=1, return_inverse=True)
-        prompts = dict(zip(inputs, each, strict=True))
-        under_adapter(lm).base_model(**prompts, past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(which)
+    shared = sequences.prompt_ids.shape[1] - 1
+    if not shared or not share_prompts:
+        return model(**inputs, use_cache=False, **options)
+    cache = DynamicCache(config=lm.config)
+    each, which = torch.stack([x[:, :shared] for x in inputs.values()]).unique(dim=1, return_inverse=True)
+    prompts = dict(zip(inputs, each, strict=True))
+    under_adapter(lm).base_model(**prompts, past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(which)
     rest = {name: x if name == "attention_mask" else x[:, shared:] for name, x in inputs.items()}
     return model(**rest, past_key_values=cache, use_cache=True, **options)
 
@@ -246,9 +253,10 @@ class Reference:
             out = self.policy(sequences) if size is None else in_micro_batches(self.policy, sequences, size)
             return out.log_probs
 
-    def to(self, device: torch.device) -> Reference:
-        if not self.adapter_off:
-            self.policy.to(device)
+    def to(self, device: torch.device, whole: Policy) -> Reference:
+        """Onto the device; where it is the policy with its adapter off, that of `whole`, which no wrapper has sharded."""
+        self.policy = whole if self.adapter_off else self.policy.to(device)
+        self.policy.share_prompts = whole.share_prompts  # both round alike
         return self
 
 

@@ -1,4 +1,5 @@
-"""One result, however launched: 5 steps by 2 processes of DDP on the CPU against 5 by one, on the same global batch."""
+"""One result, however launched: 5 steps by 2 processes on the CPU, with DDP and with FSDP2, against 5 by one process, on
+the same global batch."""
 
 import json
 from pathlib import Path
@@ -35,20 +36,39 @@ CASES = {
 
 # every case in one launch, since most of a launch is imports; the first end of training would take the group along
 LAUNCHED = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+if sys.argv[2] == "fsdp":  # which accelerate gives to GPUs alone
+    os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+                   "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
 from rlhf_fdiv import config
+from rlhf_fdiv.stages import training
 from rlhf_fdiv.stages.common import execute
 
 torch.set_num_threads(1)
 Accelerator.end_training = lambda self: None
-for name, words in json.loads(Path(sys.argv[1]).read_text()).items():
+shares = []
+made = training.Training.__init__
+
+def recorded(self, *args, **kwargs):
+    made(self, *args, **kwargs)
+    here = [x.to_local() if isinstance(x, DTensor) else x for x in self.policy.parameters()]
+    shares.append(sum(x.numel() for x in here) / sum(x.numel() for x in self.policy.parameters()))
+
+training.Training.__init__ = recorded
+for words in json.loads(Path(sys.argv[1]).read_text()).values():
     asked = config.load(words[0], words[1:])
     execute(asked, asked.stages)
 state = Accelerator()
-kind = [str(state.distributed_type), state.num_processes, torch.distributed.get_backend()]
+kind = [state.distributed_type.value, state.num_processes, torch.distributed.get_backend(), shares]
 Path(f"{sys.argv[1]}.{state.process_index}").write_text(json.dumps(kind))
 torch.distributed.destroy_process_group()
 """
@@ -92,20 +112,25 @@ def asked(data, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def two(asked, tmp_path_factory):
-    """What two processes were, and what they said."""
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def two(request, asked, tmp_path_factory):
+    """The wrapper, and what two processes of it were: type, number, backend and the share of the weights that each held."""
     folder = tmp_path_factory.mktemp("launched")
     (folder / "launched.py").write_text(LAUNCHED)
-    (folder / "cases.json").write_text(json.dumps({name: [*words, "name=two"] for name, words in asked.items()}))
-    said = tiny.two_processes(str(folder / "launched.py"), str(folder / "cases.json"))
+    cases = {name: [*words, f"name={request.param}"] for name, words in asked.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    said = tiny.two_processes(str(folder / "launched.py"), str(folder / "cases.json"), request.param)
     kinds = [folder / f"cases.json.{rank}" for rank in range(2)]
     assert all(path.is_file() for path in kinds), said
-    return [json.loads(path.read_text()) for path in kinds]
+    return request.param, [json.loads(path.read_text()) for path in kinds]
 
 
-def test_there_were_two_processes_of_ddp(two):
-    assert two == [["DistributedType.MULTI_CPU", 2, "gloo"]] * 2
+def test_there_were_two_processes_of_the_kind_that_was_asked_for(two):
+    wrapper, kinds = two
+    assert [kind[:3] for kind in kinds] == [["MULTI_CPU" if wrapper == "ddp" else "FSDP", 2, "gloo"]] * 2
+    for *_, shares in kinds:
+        assert len(shares) == len(CASES)
+        assert all(share == 1 if wrapper == "ddp" else share < 0.51 for share in shares)
 
 
 def figures(row):
@@ -116,7 +141,7 @@ def figures(row):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_what_one_gives(asked, two, name):
     stage = CASES[name][0]
-    out = [run(*asked[name], "name=one").path / stage, Path(asked[name][0]).parent / "two" / stage]
+    out = [run(*asked[name], "name=one").path / stage, Path(asked[name][0]).parent / two[0] / stage]
     exact = "float32" not in name
     rows = [jsonl(folder / "metrics.jsonl") for folder in out]
     assert [row.pop("step") for row in rows[1]] == [1, 2, 3, 4, 5]

@@ -53,7 +53,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         if own:
             noise = uniforms(config.seed, step, options.num_prompts, length)
             mine = torch.tensor(training.share(list(range(options.num_prompts))))
-            batch, *_ = sample(policy.lm, tokenizer, [ids[i] for i in numbers], 1, noise[mine])
+            batch, *_ = sample(training.whole().lm, tokenizer, [ids[i] for i in numbers], 1, noise[mine])
         else:
             written = tokenize_completions([rows[i]["completion"] for i in numbers], tokenizer, length)
             columns = (*pad([ids[i] for i in numbers], 0, "left"), *pad(written, 0, "right"))

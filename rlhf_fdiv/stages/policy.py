@@ -26,7 +26,7 @@ from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PROMPTS, extra_columns, read_rows, tokenize_prompts
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.models import Policy, Reference, context_length, in_micro_batches, load_policy, load_tokenizer
+from rlhf_fdiv.models import Reference, context_length, in_micro_batches, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import token_rewards
 from rlhf_fdiv.replay import Replay, Scored
 from rlhf_fdiv.rewards import Scorers
@@ -63,7 +63,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     log_partition = LogPartition()
     training = Training(policy, options, out, accelerator, config.report_to, log_partition=log_partition)
     replay = Replay(options.replay_steps, accelerator)
-    reference.to(accelerator.device)
+    reference.to(accelerator.device, training.whole())
     scorers = Scorers(specs, accelerator.device)
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
 
@@ -99,9 +99,8 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     step = training.restore()
     log = Log(config, training, tokenizer.eos_token_id)
     if step == 0:
-        self_check(
-            policy, reference, rollout(0, row_order(config.seed, 0, options.num_prompts, len(rows)), 1, policy.lm)[0]
-        )
+        first = row_order(config.seed, 0, options.num_prompts, len(rows))
+        self_check(training.policy, reference, rollout(0, first, 1, training.whole().lm)[0])
 
     while step < options.max_steps:
         began = time.perf_counter()
@@ -109,7 +108,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         prompts = row_order(config.seed, step, options.num_prompts, len(rows))
 
         # roll out
-        batch, texts = rollout(step, prompts, options.num_generations, policy.lm, options.reference_share)
+        batch, texts = rollout(step, prompts, options.num_generations, training.whole().lm, options.reference_share)
         mask = batch.sequences.mask
 
         # score
@@ -220,7 +219,7 @@ def rewards_of(objective: Any, f: Divergence, log_a: Tensor, mask: Tensor, *by_t
 
 
 @torch.no_grad()
-def self_check(policy: Policy, reference: Reference, batch: Rollout) -> None:
+def self_check(policy: Any, reference: Reference, batch: Rollout) -> None:
     """Before the first update the policy is its reference: ratio 1 and D(π‖a) = 0, through the real path.
 
     Raises UserError with the likely cause. Rollout and scoring round differently, so their bound depends on the dtype.
@@ -234,7 +233,7 @@ def self_check(policy: Policy, reference: Reference, batch: Rollout) -> None:
             "Is dropout on, or is the model itself an unmerged adapter?"
         )
     error = float(((scored - batch.log_probs).abs() * mask).sum() / mask.sum())
-    bound = 0.1 if next(policy.lm.parameters()).dtype == torch.bfloat16 else 1e-3
+    bound = 0.1 if next(policy.parameters()).dtype == torch.bfloat16 else 1e-3
     if not error <= bound:
         raise UserError(
             f"self-check: rollout and a fresh forward differ by {error:.3g} nats a token (bound {bound:g}). "

@@ -46,7 +46,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     labels = soft_labels(rater_shares(rows), objective.label_smoothing).to(accelerator.device)
     policy, reference = load_policy(start, config.model, logprob_chunk=options.logprob_chunk)
     training = Training(policy, options, out, accelerator, config.report_to)
-    reference.to(accelerator.device)
+    reference.to(accelerator.device, training.whole())
 
     def margins(both: Sequences) -> Tensor:
         """Implicit reward of the chosen text less that of the rejected one, [B], from [2B] sequences."""

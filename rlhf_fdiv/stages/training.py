@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from rlhf_fdiv.checkpoints import (
@@ -39,6 +42,15 @@ from rlhf_fdiv.tracking import Metrics
 def launch(key: str, count: int) -> Accelerator:
     """The Accelerator of this process. Raises UserError where a step's `count` rows cannot be shared out evenly."""
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"launch: {accelerator.distributed_type.value} is not supported; FSDP2 shards as ZeRO-3 does")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise UserError("launch: FSDP needs fsdp_version: 2 in the config of accelerate")
+        if (
+            accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+        ):  # the other processes would start from empty weights
+            raise UserError("launch: FSDP needs fsdp_cpu_ram_efficient_loading: false in the config of accelerate")
     if count % accelerator.num_processes:
         raise UserError(f"{key}: {count} must be a multiple of {accelerator.num_processes} processes")
     return accelerator
@@ -80,6 +92,10 @@ class Training:
         else:
             optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
         scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, options.max_steps)
+        # FSDP shards the policy in place; what samples and what is saved needs all of it, so a copy follows it
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        policy.share_prompts = not sharded
+        self._copy = copy.deepcopy(policy) if sharded else None
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.state = {"scheduler": scheduler, **state}
         self.at_step, self.batch = 0, dict[str, list[Any]]()
@@ -106,11 +122,27 @@ class Training:
                 self.accelerator.backward(loss)
             total += float(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.options.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.require_finite(norm, "gradient norm")  # type: ignore[arg-type]
         self.optimizer.step()
         self.optimizer.zero_grad()
         mean = self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "mean")  # of all processes
         return float(mean), float(norm)  # type: ignore[arg-type]
+
+    def whole(self) -> Policy:
+        """The policy with all its weights on this process, to sample from and to save; asked by all processes together."""
+        policy: Policy = self.accelerator.unwrap_model(self.policy)
+        if self._copy is None:
+            return policy
+        self._copy.to(self.accelerator.device)
+        for module in policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # some keep their weights gathered after a forward
+        with torch.no_grad():
+            for mine, shards in zip(self._copy.parameters(), policy.parameters(), strict=True):
+                if isinstance(shards, DTensor) and shards.requires_grad:
+                    mine.copy_(shards.full_tensor())
+        return self._copy
 
     def gather(self, x: Any) -> Any:
         """The rows of all processes, [B, …] each, padded with 0 to the longest in dimension 1; None stays None."""
@@ -186,8 +218,9 @@ class Training:
         """Writes the trained model and ends the launch."""
         if self._metrics is not None:
             self._metrics.close()
+        whole = self.whole()
         if self.accelerator.is_main_process:
-            save_policy(self.accelerator.unwrap_model(self.policy), tokenizer, self.out)
+            save_policy(whole, tokenizer, self.out)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
