@@ -58,6 +58,7 @@ INSIDE = {
     "stages": (
         "stopping",
         "common",
+        "saving",
         "training",
         "policy_log",
         "policy_update",

@@ -1,40 +1,27 @@
-"""What the training loops share: a policy with its optimiser and schedule under Accelerate, and its checkpoints."""
+"""What the training loops share: a policy with its optimiser and schedule under Accelerate."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
-from rlhf_fdiv.checkpoints import (
-    STATE,
-    checkpoints,
-    checksums,
-    newest_checkpoint,
-    none_left,
-    prune_checkpoints,
-    require_whole,
-    set_aside,
-    step_of,
-)
 from rlhf_fdiv.config.options import TrainingOptions
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, save_policy
+from rlhf_fdiv.stages.saving import Checkpoints
 from rlhf_fdiv.stages.stopping import asked, stop
 from rlhf_fdiv.tracking import Metrics
 
@@ -47,9 +34,8 @@ def launch(key: str, count: int) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP:
         if accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise UserError("launch: FSDP needs fsdp_version: 2 in the config of accelerate")
-        if (
-            accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
-        ):  # the other processes would start from empty weights
+        # with it the other processes would start from empty weights
+        if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             raise UserError("launch: FSDP needs fsdp_cpu_ram_efficient_loading: false in the config of accelerate")
     if count % accelerator.num_processes:
         raise UserError(f"{key}: {count} must be a multiple of {accelerator.num_processes} processes")
@@ -98,6 +84,7 @@ class Training:
         self._copy = copy.deepcopy(policy) if sharded else None
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.state = {"scheduler": scheduler, **state}
+        self._checkpoints = Checkpoints(out, accelerator, self.policy, self.state)
         self.at_step, self.batch = 0, dict[str, list[Any]]()
         self._report_to, self._seconds, self.stopping = report_to, 0.0, False
         self._metrics: Metrics | None = None
@@ -236,86 +223,14 @@ class Training:
         return self.stopping or step % self.options.save_steps == 0 or step == self.options.max_steps
 
     def save(self, step: int) -> None:
-        """Writes `checkpoint-<step>` aside and renames it, so that a checkpoint is whole or absent. Ends the process then
-        if a signal asked for it."""
-        part = self.out / f".checkpoint-{step}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if problem := self._together(self.accelerator.save_state, str(part)) or self._together(self._seal, part, step):
-            last = newest_checkpoint(self.out)
-            raise UserError(
-                f"step {step}: the checkpoint cannot be written: {problem}. "
-                + (f"{last} is intact, and the same command goes on from it" if last else "There is none before it")
-            )
-        if self.accelerator.is_main_process:
-            whole = self.out / f"checkpoint-{step}"
-            if whole.exists():  # not a checkpoint, or the run would have gone on from it
-                set_aside(whole)
-            os.replace(part, whole)
-            prune_checkpoints(self.out, self.options.save_total_limit)
-        self.accelerator.wait_for_everyone()
+        """Writes a checkpoint, and ends the process then if a signal asked for it."""
+        self._checkpoints.save(step, self.options.save_total_limit)
         if self.stopping:
             stop(f"step {step}: stopped; {self.out / f'checkpoint-{step}'} is saved")
 
-    def _seal(self, part: Path, step: int) -> None:
-        """What is not of one process alone, and the checksums of all."""
-        if self.accelerator.is_main_process:
-            state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}, "files": checksums(part)}
-            (part / STATE).write_text(json.dumps(state), encoding="utf-8")
-
     def restore(self) -> int:
-        """Loads the newest checkpoint of `out` that is whole, if there is one, and returns its step; 0 without any.
-
-        A damaged one is named, set aside, and the one before it taken. Raises UserError where none is left.
-        """
-        self._only_trained()
-        main, tried = self.accelerator.is_main_process, list[Path]()
-        for checkpoint in reversed(checkpoints(self.out)):
-            problem = self._together(self._check, checkpoint) or self._together(self._load, checkpoint)
-            if not problem:
-                self.accelerator.print(f"resumed from {checkpoint}")
-                return step_of(checkpoint)
-            tried.append(set_aside(checkpoint) if main else checkpoint)
-            self.accelerator.print(f"warning: {checkpoint} is damaged ({problem}); it is now {tried[-1].name}")
-            self.accelerator.wait_for_everyone()
-        if tried:
-            raise none_left(tried)
-        return 0
-
-    def _load(self, checkpoint: Path) -> None:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        self.accelerator.load_state(str(checkpoint), strict=False)
-        for name, x in self.state.items():
-            x.load_state_dict(state[name])
-
-    def _check(self, checkpoint: Path) -> None:
-        if self.accelerator.is_main_process:
-            require_whole(checkpoint)
-
-    def _together(self, action: Callable[..., None], *args: Any) -> str:
-        """Does something with files; what went wrong there with any process, in words, told to all of them."""
-        problem = ""
-        try:
-            action(*args)
-        except UserError:
-            raise
-        except Exception as error:  # of the file system, safetensors, torch or JSON
-            problem = f"{type(error).__name__}: {error}"
-        return next(filter(None, gather_object([problem])), "")
-
-    def _only_trained(self) -> None:
-        """Keeps frozen weights out of checkpoints: the reference they belong to is read from where it was, never
-        re-anchored."""
-        named = self.accelerator.unwrap_model(self.policy).named_parameters()
-        trained = {name for name, p in named if p.requires_grad}
-
-        def drop_frozen(models: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
-            for state in weights:
-                for name in [n for n in state if n.removeprefix("module.") not in trained]:
-                    del state[name]
-
-        self.accelerator.register_save_state_pre_hook(drop_frozen)
+        """Loads the newest whole checkpoint, if there is one, and returns its step; 0 without any."""
+        return self._checkpoints.restore()
 
 
 class Mean:

@@ -1,0 +1,109 @@
+"""Checkpoints of a training loop: written aside, sealed with checksums, renamed; the newest whole one is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from rlhf_fdiv.checkpoints import (
+    STATE,
+    checkpoints,
+    checksums,
+    newest_checkpoint,
+    none_left,
+    prune_checkpoints,
+    require_whole,
+    set_aside,
+    step_of,
+)
+from rlhf_fdiv.errors import UserError
+
+
+class Checkpoints:
+    """Those in `out` of a wrapped policy, its optimiser and random streams, and of `state`: name → an object with
+    `state_dict` and `load_state_dict`. Every method is called by all processes together."""
+
+    def __init__(self, out: Path, accelerator: Accelerator, policy: Any, state: dict[str, Any]) -> None:
+        self.out, self.accelerator, self.state = out, accelerator, state
+        named = accelerator.unwrap_model(policy).named_parameters()
+        trained = {name for name, p in named if p.requires_grad}
+
+        def drop_frozen(models: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
+            """The reference they belong to is read from where it was, never re-anchored."""
+            for kept in weights:
+                for name in [n for n in kept if n.removeprefix("module.") not in trained]:
+                    del kept[name]
+
+        accelerator.register_save_state_pre_hook(drop_frozen)
+
+    def save(self, step: int, keep: int) -> None:
+        """`checkpoint-<step>`, whole or absent; the `keep` newest stay. Raises UserError where it cannot be written."""
+        part = self.out / f".checkpoint-{step}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if problem := self._together(self.accelerator.save_state, str(part)) or self._together(self._seal, part, step):
+            last = newest_checkpoint(self.out)
+            raise UserError(
+                f"step {step}: the checkpoint cannot be written: {problem}. "
+                + (f"{last} is intact, and the same command goes on from it" if last else "There is none before it")
+            )
+        if self.accelerator.is_main_process:
+            whole = self.out / f"checkpoint-{step}"
+            if whole.exists():  # not a checkpoint, or the run would have gone on from it
+                set_aside(whole)
+            os.replace(part, whole)
+            prune_checkpoints(self.out, keep)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> int:
+        """Loads the newest checkpoint that is whole, if there is one, and returns its step; 0 without any.
+
+        A damaged one is named, set aside, and the one before it taken. Raises UserError where none is left.
+        """
+        tried: list[Path] = []
+        for checkpoint in reversed(checkpoints(self.out)):
+            problem = self._together(self._check, checkpoint) or self._together(self._load, checkpoint)
+            if not problem:
+                self.accelerator.print(f"resumed from {checkpoint}")
+                return step_of(checkpoint)
+            tried.append(set_aside(checkpoint) if self.accelerator.is_main_process else checkpoint)
+            self.accelerator.print(f"warning: {checkpoint} is damaged ({problem}); it is now {tried[-1].name}")
+            self.accelerator.wait_for_everyone()
+        if tried:
+            raise none_left(tried)
+        return 0
+
+    def _seal(self, part: Path, step: int) -> None:
+        """What is not of one process alone, and the checksums of all."""
+        if self.accelerator.is_main_process:
+            state = {"step": step, **{name: x.state_dict() for name, x in self.state.items()}, "files": checksums(part)}
+            (part / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _check(self, checkpoint: Path) -> None:
+        if self.accelerator.is_main_process:
+            require_whole(checkpoint)
+
+    def _load(self, checkpoint: Path) -> None:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        self.accelerator.load_state(str(checkpoint), strict=False)
+        for name, x in self.state.items():
+            x.load_state_dict(state[name])
+
+    def _together(self, action: Callable[..., None], *args: Any) -> str:
+        """Does something with files; what went wrong there with any process, in words, told to all of them."""
+        problem = ""
+        try:
+            action(*args)
+        except UserError:
+            raise
+        except Exception as error:  # of the file system, safetensors, torch or JSON
+            problem = f"{type(error).__name__}: {error}"
+        return next(filter(None, gather_object([problem])), "")
