@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from tiny import completions, jsonl, run, weights, write_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -20,6 +21,7 @@ CASES = {
     "all weights": ("policy", FULL, "divergence=js", "policy.warm_start_generations=4"),
     "gdc": ("policy", FULL, "divergence=forward_kl", "estimator=reinforce", "policy.reference_share=0.5"),
     "scored anew": ("policy", FULL, "divergence=js", "estimator={name: rloo, num_epochs: 2}"),
+    "interrupted": ("policy", FULL, "policy.save_steps=2"),  # by 2 processes; see below
     "replay": ("policy", FULL, "policy.replay_steps=2"),
     "grpo": ("policy", FULL, "estimator={name: grpo, num_epochs: 2, clip_range: 0.01}"),
     "ppo": ("policy", FULL, "estimator={name: ppo, num_epochs: 2, num_minibatches: 1}"),
@@ -50,7 +52,7 @@ if sys.argv[2] == "fsdp":  # which accelerate gives to GPUs alone
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
 from rlhf_fdiv import config
-from rlhf_fdiv.stages import training
+from rlhf_fdiv.stages import policy_log, training
 from rlhf_fdiv.stages.common import execute
 
 torch.set_num_threads(1)
@@ -64,8 +66,21 @@ def recorded(self, *args, **kwargs):
     shares.append(sum(x.numel() for x in here) / sum(x.numel() for x in self.policy.parameters()))
 
 training.Training.__init__ = recorded
-for words in json.loads(Path(sys.argv[1]).read_text()).values():
+logged = policy_log.Log.step
+
+def stop(self, step, *args):
+    if step == 4:
+        raise KeyboardInterrupt
+    return logged(self, step, *args)
+
+for name, words in json.loads(Path(sys.argv[1]).read_text()).items():
     asked = config.load(words[0], words[1:])
+    if name == "interrupted":
+        policy_log.Log.step = stop
+        try:
+            execute(asked, asked.stages)
+        except KeyboardInterrupt:
+            policy_log.Log.step = logged
     execute(asked, asked.stages)
 state = Accelerator()
 kind = [state.distributed_type.value, state.num_processes, torch.distributed.get_backend(), shares]
@@ -129,7 +144,7 @@ def test_there_were_two_processes_of_the_kind_that_was_asked_for(two):
     wrapper, kinds = two
     assert [kind[:3] for kind in kinds] == [["MULTI_CPU" if wrapper == "ddp" else "FSDP", 2, "gloo"]] * 2
     for *_, shares in kinds:
-        assert len(shares) == len(CASES)
+        assert len(shares) == len(CASES) + 1  # one was interrupted
         assert all(share == 1 if wrapper == "ddp" else share < 0.51 for share in shares)
 
 
@@ -164,3 +179,17 @@ def test_two_processes_give_what_one_gives(asked, two, name):
     for key, alone in models[0].items():
         apart = float((models[1][key] - alone).double().norm())
         assert apart <= (1e-9 if exact else 1e-5) * float(alone.double().norm()), key
+
+
+def test_sft_and_the_reward_model_are_launched_the_same_way(data, tmp_path):
+    raw = tiny.raw_config(tiny.model_folder(tmp_path / "start"), data, tmp_path) | {"report_to": "none"}
+    raw["model"]["dtype"] = "float64"
+    path = write_config(tmp_path / "asked.yaml", raw)
+    for stage, model in (("sft", "model/model.safetensors"), ("reward", "model/head.safetensors")):
+        alone = run(path, f"stages=[{stage}]", f"name=one-{stage}").path / stage
+        words = (f"name=two-{stage}", "sft.per_device_train_batch_size=4")
+        said = tiny.two_processes("-m", f"rlhf_fdiv.stages.{stage}", path, *words)
+        together = tmp_path / f"two-{stage}" / stage
+        assert (together / "finished.json").is_file(), said
+        one, two = (load_file(folder / model) for folder in (alone, together))
+        assert tiny.away(one, two) <= (1e-6 if stage == "sft" else 0)  # a Llama's norms are in float32
