@@ -151,3 +151,23 @@ def test_light_imports_stay_light():
     found = {line.split()[0]: line.split()[1:] for line in loaded}
     assert found["divergences"] == found["objectives"] == found["estimators"] == found["targets"] == []
     assert not {"transformers", "trl"} & {*found["config"], *found["tracking"], *found["cli"]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_launch_configs_say_what_their_names_do(path):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
+
+    args = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    args, *_ = _validate_launch_command(args)
+    env = prepare_multi_gpu_env(args)
+    sharded = path.stem == "fsdp2"
+    assert args.num_processes == {"one_gpu": 1, "multi_node": 32}.get(path.stem, 8)
+    assert (args.use_fsdp, env.get("FSDP_VERSION")) == ((True, "2") if sharded else (False, None))
+    assert env.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "false"
+    assert env["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def test_the_shell_scripts_pass_their_linter():
+    scripts = [p for folder in ("scripts", "benchmarks") for p in sorted((ROOT.parent / folder).glob("*.sh"))]
+    assert len(scripts) == 2
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts, ROOT.parent / ".ci/run"], check=True)
