@@ -90,7 +90,8 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         merged.requires_grad_(True)  # peft has frozen the base, and a full model is to be trained from here too
         merged.name_or_path = path  # which an adapter trained on it names as its base
         return merged
-    model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    with safe_weights(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **kwargs).eval()
     for module in model.modules():  # GPT-2's gelu_new, spelled out in eight passes over memory, is this very function
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -101,6 +102,18 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         lambda module, inputs: (inputs[0].contiguous(), *inputs[1:])
     )
     return model
+
+
+@contextlib.contextmanager
+def safe_weights(name_or_path: str) -> Iterator[None]:
+    """Weights come from safetensors alone: a pickle can run any code. Raises UserError where there are none."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"model {name_or_path}: no weights in safetensors there ({error}). Load what you trust with transformers, and "
+            "save_pretrained it"
+        ) from error
 
 
 class TokenOutputs(NamedTuple):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
-from rlhf_fdiv.models import load_tokenizer
+from rlhf_fdiv.models import load_tokenizer, safe_weights
 from rlhf_fdiv.objectives import preference_divergence
 from rlhf_fdiv.sequences import pad
 
@@ -34,7 +34,9 @@ class HiddenStates:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
         self.tokenizer = load_tokenizer(name_or_path)
-        self.model = AutoModel.from_pretrained(path, config=config, dtype=getattr(torch, dtype)).eval().to(device)
+        with safe_weights(path):
+            dtypes = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+            self.model = AutoModel.from_pretrained(path, config=config, **dtypes).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], batch_size: int) -> Tensor:
@@ -99,7 +101,9 @@ class ClassifierReward:
     def __init__(self, path: str, device: torch.device) -> None:
         self.tokenizer = load_tokenizer(path)
         self.tokenizer.padding_side = "right"
-        self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto").eval().to(device)
+        with safe_weights(str(path)):
+            made = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto", use_safetensors=True)
+        self.model = made.eval().to(device)
         if self.model.config.num_labels != 1:
             raise UserError(f"{path}: a reward model has one label, this one has {self.model.config.num_labels}")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id

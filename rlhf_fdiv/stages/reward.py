@@ -77,7 +77,7 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
     from trl import RewardConfig, RewardTrainer
 
     from rlhf_fdiv.known_models import resolve_model
-    from rlhf_fdiv.models import load_tokenizer
+    from rlhf_fdiv.models import load_tokenizer, safe_weights
 
     class DivergenceRewardTrainer(RewardTrainer):
         def compute_loss(
@@ -95,9 +95,10 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
             f"model {config.model.name_or_path}: pad and EOS are the same token, so the classifier could not tell where a "
             "text ends. Give its tokenizer a pad token of its own, or use reward.method=head"
         )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        resolve_model(config.model.name_or_path), num_labels=1, dtype=torch.float32
-    )
+    with safe_weights(config.model.name_or_path):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(config.model.name_or_path), num_labels=1, dtype=torch.float32, use_safetensors=True
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     args = trainer_arguments(RewardConfig, "reward", config.reward, config, out, max_length=config.reward.max_length)
     columns = {k: [row[k] for row in rows] for k in PREFERENCES} | {"margin": preference.tolist()}
