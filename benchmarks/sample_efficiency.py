@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+RATES = {"toy": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "presence": [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3]}
 SWEEP, CONFIRM = [0, 1], [10, 11, 12, 13, 14]
 
 
@@ -284,7 +284,7 @@ def one(name: str, method: str, rate: float, seed: int) -> tuple[float, float]:
 def compare(name: str, methods: list[str], jobs: int, log: Callable[[str], None]) -> dict[str, Any]:
     make, optimum_of = TASKS[name]
     task, (optimum, untouched) = make(), optimum_of()
-    began = time.time()
+    rates, began = RATES[name], time.time()
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
 
         def runs(grid: list[tuple[str, float, int]]) -> dict[tuple[str, float, int], float]:
@@ -293,22 +293,22 @@ def compare(name: str, methods: list[str], jobs: int, log: Callable[[str], None]
             scores = (r - task.beta * kl for r, kl in done)
             return {key: -math.inf if math.isnan(j) else j for key, j in zip(grid, scores, strict=True)}
 
-        swept = runs([(m, rate, seed) for m in methods for rate in RATES for seed in SWEEP])
-        mean = {m: [float(np.mean([swept[m, rate, s] for s in SWEEP])) for rate in RATES] for m in methods}
-        best = {m: RATES[int(np.argmax(mean[m]))] for m in methods}
+        swept = runs([(m, rate, seed) for m in methods for rate in rates for seed in SWEEP])
+        mean = {m: [float(np.mean([swept[m, rate, s] for s in SWEEP])) for rate in rates] for m in methods}
+        best = {m: rates[int(np.argmax(mean[m]))] for m in methods}
         confirmed = runs([(m, best[m], seed) for m in methods for seed in CONFIRM])
     log(f"\n{name}: optimum J* = {optimum:.4f}, untouched {untouched:.4f}; {task.steps} steps of {task.num_prompts} × "
         f"{task.num_generations} samples; {time.time() - began:.0f} s\n")  # fmt: skip
     log("J* − J on two seeds at each rate, * the best, ! worse than untouched; then at the best on five others\n")
-    log(f"{'':30}" + "".join(f"{rate:>10g}" for rate in RATES) + f"{'confirmed ± s.e.':>20} {'KL to target':>14}")
+    log(f"{'':30}" + "".join(f"{rate:>10g}" for rate in rates) + f"{'confirmed ± s.e.':>20} {'KL to target':>14}")
     results: dict[str, Any] = {"optimum": optimum, "untouched": untouched}
     for m in methods:
         cells = [f"{optimum - j:.4f}{'*' if r == best[m] else '!' if j < untouched else ' '}"
-                 for r, j in zip(RATES, mean[m], strict=True)]  # fmt: skip
+                 for r, j in zip(rates, mean[m], strict=True)]  # fmt: skip
         gaps = np.array([optimum - confirmed[m, best[m], s] for s in CONFIRM])
         gap, error = float(gaps.mean()), float(gaps.std(ddof=1) / math.sqrt(len(gaps)))
         log(f"{m:30}" + "".join(f"{c:>10}" for c in cells) + f"{gap:>11.4f} ± {error:.4f} {gap / task.beta:>14.3f}")
-        above = [r for r, j in zip(RATES, mean[m], strict=True) if j > untouched]
+        above = [r for r, j in zip(rates, mean[m], strict=True) if j > untouched]
         results[m] = {
             "gap": gap,
             "gap_se": error,
