@@ -750,7 +750,7 @@ def test_a_run_that_was_stopped_while_it_saved_goes_on_from_the_checkpoint_befor
             raise Stopped
         return os.rename(a, b)
 
-    monkeypatch.setattr("rlhf_fdiv.stages.training.os.replace", replace)
+    monkeypatch.setattr("rlhf_fdiv.stages.saving.os.replace", replace)
     with pytest.raises(Stopped):
         policy("policy.save_steps=1", "name=broken")
     monkeypatch.undo()
