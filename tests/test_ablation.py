@@ -41,6 +41,7 @@ def resolved(folder):
     return read_yaml(folder / "resolved_config.yaml")
 
 
+@pytest.mark.slow
 def test_every_combination_is_an_ordinary_run_folder_and_shared_stages_run_once(make, tmp_path, call):
     path = make(grid={"divergence": ["js", {"name": "alpha", "alpha": 0.3}], "target.beta": [0.5, 1.0], "seed": [0, 1]})
     code, out, err = call("ablate", str(path))
@@ -131,6 +132,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(make, tmp_path, call, monkeyp
     assert "resumed from" in (tmp_path / "runs" / "ab" / "seed=0" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_search_takes_the_best_of_each_f_on_its_own_runs_and_says_what_it_cost(make, tmp_path, call):
     search = {"values": {"policy.learning_rate": [1e-9, 5e-2]}, "metric": "policy.praise",
               "overrides": {"seed": 77, "policy.max_steps": 12}}  # fmt: skip
@@ -184,6 +186,7 @@ def test_a_metric_may_name_the_runs_own_f_whose_label_has_dots(make):
     assert cell.metric("to.{divergence}.x.y") == 7
 
 
+@pytest.mark.slow
 def test_printed_commands_run_the_same_cells(make, tmp_path, call):
     path = make(POLICY, grid={"divergence": ["js", "tv"]})
     code, out, _ = call("ablate", str(path), "--print-commands")
@@ -204,6 +207,7 @@ def test_printed_commands_begin_with_what_is_shared(make, call):
     assert "/shared/all/" in line
 
 
+@pytest.mark.slow
 def test_a_launcher_runs_each_cell_in_processes_of_its_own(make, tmp_path, call):
     path = make(POLICY, grid={"divergence": ["js"]})
     code, out, _ = call("ablate", str(path), "--launch", sys.executable)
@@ -214,6 +218,7 @@ def test_a_launcher_runs_each_cell_in_processes_of_its_own(make, tmp_path, call)
     assert "exit code 1; see log.txt" in out
 
 
+@pytest.mark.slow
 def test_cells_run_side_by_side_and_a_killed_process_takes_no_other_cell_with_it(make, tmp_path, call, monkeypatch):
     (tmp_path / "deadly.py").write_text(
         "import os, signal\n"
@@ -247,6 +252,7 @@ def read(path):
     return path.read_text() if path.is_file() else ""
 
 
+@pytest.mark.slow
 def test_a_scheduler_takes_the_cells(make, tmp_path, call):
     path = make(POLICY, grid={"divergence": ["js", "tv"]})
     words = ["cluster=local", f"folder={tmp_path / 'jobs'}", "timeout_min=5"]

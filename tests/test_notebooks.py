@@ -12,6 +12,7 @@ TEXTS = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_notebook_runs_as_it_is_committed(text, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(text.with_suffix(".ipynb"), as_version=4)

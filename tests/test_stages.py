@@ -1095,6 +1095,7 @@ def test_training_climbs_towards_the_known_optimum_and_not_past_it(policy, objec
     assert gain > 0.5 * (best - report["sft"]["objective"])
 
 
+@pytest.mark.slow
 def test_gdc_moves_the_moment_to_its_goal(policy):
     """Forward KL to the target whose moment is .8: what is sampled afterwards has it, nearly."""
     goal = "target={name: moments, moments: {praise: .8}, num_prompts: 12, num_generations: 64}"
@@ -1106,6 +1107,7 @@ def test_gdc_moves_the_moment_to_its_goal(policy):
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "js"])
+@pytest.mark.slow
 def test_lambda_that_follows_the_policy_finds_its_moment_from_a_wrong_start(policy, name):
     """λ = 0 asks for no change at all; only the ascent can take the policy to its goal."""
     goal = "target={name: moments, moments: {praise: .8}, lambdas: {praise: 0}, dual_learning_rate: .1}"

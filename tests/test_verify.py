@@ -160,6 +160,7 @@ def test_a_missing_log_z_fails_match_except_in_reverse_kl(fewer, monkeypatch):
     assert {reverse_kl[name] for name in UNBIASED} == {"pass"}, "a constant of the prompt, whose gradient is zero"
 
 
+@pytest.mark.slow
 def test_a_log_z_that_is_too_large_fails(fewer, monkeypatch):
     right = targets.LogPartition.update
     monkeypatch.setattr(targets.LogPartition, "update", lambda *args: right(*args) + 0.1)
