@@ -155,6 +155,20 @@ def test_a_signal_where_there_are_no_steps_ends_the_stage_at_once(config, monkey
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_signal_after_the_last_step_is_not_lost_on_the_next_stage(config, monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr("rlhf_fdiv.stages.sft.main", lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr("rlhf_fdiv.stages.evaluate.main", lambda *args: ran.append("evaluate"))
+    words = ("stages=[sft, evaluate]", "name=late", f"output_dir={tmp_path}")
+    with pytest.raises(SystemExit) as stopped:
+        run(config, *words)
+    assert stopped.value.code == STOPPED_EXIT_CODE
+    assert not ran
+    assert (tmp_path / "late" / "sft" / "finished.json").is_file()
+    run(config, *words)
+    assert ran == ["evaluate"]
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
         else:
             say(f"{name}: into {folder.stage(name)}")
             in_steps = name in ("sft", "policy", "prefer", "distil")
-            with folder.running(name, main_process) as out, noticed(between_steps=in_steps):
+            with noticed(between_steps=in_steps), folder.running(name, main_process) as out:
                 importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
     return folder
 

@@ -26,7 +26,8 @@ def stop(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def noticed(between_steps: bool) -> Iterator[None]:
-    """Takes the signals while a stage runs: to stop it after a step, or at once where it has none."""
+    """Takes the signals while a stage runs: to stop it after a step, or at once where it has none. One that comes after the
+    last step lets the stage end, and ends the process then."""
 
     def ask(number: int, frame: Any) -> None:
         _asked.set()
@@ -39,6 +40,8 @@ def noticed(between_steps: bool) -> Iterator[None]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+        if _asked.is_set():
+            stop("stopped by a signal after the last step of a stage; the same command goes on with the next")
     finally:
         _asked.clear()
         for number, handler in before.items():

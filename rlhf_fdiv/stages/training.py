@@ -111,7 +111,8 @@ class Training:
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.options.max_grad_norm or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.require_finite(norm, "gradient norm")  # type: ignore[arg-type]
-        self.optimizer.step()
+        with self._enough_memory():  # the first step makes the optimiser's state
+            self.optimizer.step()
         self.optimizer.zero_grad()
         mean = self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "mean")  # of all processes
         return float(mean), float(norm)  # type: ignore[arg-type]
@@ -135,8 +136,7 @@ class Training:
         """The rows of all processes, [B, …] each, padded with 0 to the longest in dimension 1; None stays None."""
         if x is None:
             return None
-        padded = self.accelerator.pad_across_processes(x, dim=1) if x.ndim > 1 else x
-        return self.accelerator.gather(padded.contiguous())
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1).contiguous())
 
     def own(self, everyones: Tensor | None, like: Tensor) -> Tensor | None:
         """This process's rows of what `gather` made of tensors as large as `like`, [B, T]."""
