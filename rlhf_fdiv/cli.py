@@ -8,12 +8,30 @@ from typing import Annotated
 
 import typer
 
+import rlhf_fdiv
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Align language models by minimising an f-divergence.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(rlhf_fdiv.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigArgument = Annotated[str | None, typer.Argument(help="A config file (YAML).", show_default=False)]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="The same, as an option.", show_default=False)]

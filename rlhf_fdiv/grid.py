@@ -20,7 +20,7 @@ from rlhf_fdiv import config as configs
 from rlhf_fdiv.comparison import samples_of
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.config.checks import STRICT, validate
-from rlhf_fdiv.config.files import read_yaml
+from rlhf_fdiv.config.files import find_config, read_yaml
 from rlhf_fdiv.divergences import label
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.tracking import MADE_FROM, RunFolder, is_finished, touches, write_atomically
@@ -119,6 +119,7 @@ class Cell:
 
 def load(path: Path, overrides: list[str] | None = None) -> Ablation:
     """Reads an ablation file; overrides `a.b=value` are for every cell. Raises UserError with every problem."""
+    path = find_config(path)
     raw, problems = {"name": path.stem, **read_yaml(path)}, list[str]()
     ablation: Ablation | None = validate(Ablation, raw, "", problems)
     if ablation is None:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from rlhf_fdiv import divergences
-from rlhf_fdiv.config.files import Dumper, read_yaml, with_overrides
+from rlhf_fdiv.config.files import Dumper, find_config, read_yaml, with_overrides
 from rlhf_fdiv.config.options import STAGES, RunConfig
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.estimators import ESTIMATORS
@@ -42,7 +42,7 @@ for _cls in (*_SECTIONS.values(), *(c for r in (*_CHOICES.values(), SCORERS) for
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads, composes and checks a config. Raises UserError with every problem, each naming its key and the mend."""
-    path = Path(path)
+    path = find_config(path)
     raw = {"name": path.stem, **with_overrides(read_yaml(path), overrides or [])}
     try:
         return parse(raw)

@@ -12,6 +12,7 @@ import yaml
 from rlhf_fdiv.errors import UserError
 
 CHOICES = ("objective", "target", "estimator", "divergence")  # a bare string in their place is their name
+_PACKAGE = Path(__file__).parent.parent
 _FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _YAML_ERRORS = (OSError, yaml.YAMLError, ValueError, RecursionError)
 
@@ -40,6 +41,19 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 Dumper.add_representer(str, _text)
 for _cls in (_Loader, Dumper):
     _cls.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself or, where it is none, that of this name among the configs that come with the package:
+    `quickstart`, `ablation/toy`, `configs/quickstart.yaml`."""
+    path = Path(path)
+    if path.exists() or path.is_absolute():
+        return path
+    own = next(
+        f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir()
+    )  # of a wheel, of the sources
+    inside = (own / path.relative_to("configs") if path.parts[:1] == ("configs",) else own / path).with_suffix(".yaml")
+    return inside if inside.is_file() else path
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
