@@ -5,6 +5,7 @@ Each scorer's fields are its YAML schema. It maps prompts and completions to fin
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import importlib
@@ -152,6 +153,7 @@ class Function:
 
 def _in_threads(function: Score, spec: Function) -> Score:
     pool = ThreadPool(spec.num_workers)  # of daemons: the process can end while one of them still waits
+    atexit.register(pool.terminate)  # or its end would be told, with a traceback
 
     def score(**rows: list[Any]) -> list[Any]:
         width = math.ceil(len(rows["completions"]) / spec.num_workers)
