@@ -36,6 +36,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
+def what_is_kept(folder: Path) -> str:
+    """The end of a message: where a stage that was stopped goes on."""
+    last = newest_checkpoint(folder)
+    if last is None:
+        return "There is no checkpoint yet: the same command begins this stage anew"
+    return f"{last} is intact, and the same command goes on from it"
+
+
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Deletes all but the `keep` newest, at least one."""
     for old in checkpoints(folder)[:-keep]:

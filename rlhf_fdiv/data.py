@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fdiv.assets import toy
-from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.errors import UserError, did_you_mean, one_line
 
 PROMPTS: dict[str, type] = {"prompt": str}
 COMPLETIONS: dict[str, type] = {"prompt": str, "completion": str}
@@ -76,7 +76,7 @@ def _raw_rows(source: str) -> Iterable[Any]:
     try:
         return read(str(path))
     except Exception as error:  # those of pyarrow and of the hub are of many kinds
-        raise UserError(f"{source}: not readable as {kind}: {error}") from error
+        raise UserError(f"{source}: not readable as {kind}: {one_line(error)}") from error
 
 
 def _json_lines(path: str) -> Iterator[Any]:
@@ -88,7 +88,7 @@ def _json_lines(path: str) -> Iterator[Any]:
             except UnicodeDecodeError as error:
                 yield UserError(f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
             except (ValueError, RecursionError) as error:
-                yield UserError(f"not JSON: {error}")
+                yield UserError(f"not JSON: {error}; each line is a whole row")
 
 
 def _json_list(path: str) -> list[Any]:
@@ -133,7 +133,8 @@ _READERS: dict[str, tuple[str, Callable[[str], Iterable[Any]]]] = {
 
 def _row_problems(row: Any, needs: dict[str, type]) -> Iterator[str]:
     if not isinstance(row, dict):
-        yield str(row) if isinstance(row, UserError) else f"a JSON {type(row).__name__}, not an object"
+        mend = "; a list of rows goes into a .json file" if isinstance(row, list) else ""
+        yield str(row) if isinstance(row, UserError) else f"a JSON {type(row).__name__}, not an object{mend}"
         return
     for key, kind in needs.items():
         value = row.get(key)
@@ -184,7 +185,8 @@ def tokenize_prompts(rows: Rows, tokenizer: Any, source: str, room: int) -> list
             problems.append(f"{source}, row {i}: the prompt has no tokens")
         elif len(x) > room:
             problems.append(
-                f"{source}, row {i}: the prompt has {len(x)} tokens; the model's context leaves room for {room}"
+                f"{source}, row {i}: the prompt has {len(x)} tokens; the model's context leaves room for {room}: "
+                "shorten it, or lower max_completion_length"
             )
     if problems:
         raise UserError(*problems[:5])

@@ -14,6 +14,12 @@ class UserError(ValueError):
         super().__init__("\n".join(problems))
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line, and its kind where that is a word or nothing."""
+    said = " ".join(str(error).split())
+    return said if " " in said else f"{type(error).__name__}: {said}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' — did you mean 'x'?' where something known is near, else the known words."""
     words = list(dict.fromkeys(known))

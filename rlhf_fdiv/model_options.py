@@ -27,7 +27,9 @@ class ModelOptions:
     name_or_path: Annotated[str, MinLen(1)]
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     lora: LoraOptions | None = None
-    attn_implementation: str | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.dtype == "auto":

@@ -18,16 +18,13 @@ from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.sequences import Sequences, chunked_log_probs, pad_to_longest, token_log_probs, wide
+from rlhf_fdiv.weights import from_safetensors, readable
 
 
 def load_tokenizer(name_or_path: str) -> Any:
     """The tokenizer, padded on the left. Raises UserError where there is no EOS: a text could never end."""
-    try:
+    with readable(name_or_path, "no tokenizer there that can be read, neither a folder nor a hub name"):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), padding_side="left")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {name_or_path}: no tokenizer there, neither a folder nor a hub name: {error}"
-        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model {name_or_path}: its tokenizer has no EOS token, so no text could ever end. Set eos_token"
@@ -47,13 +44,25 @@ def base_of(path: str) -> str:
 
 def context_length(name_or_path: str) -> int:
     """How many tokens a model can read, from its config alone."""
-    try:
+    with readable(name_or_path, "no model there that can be read, neither a folder nor a hub name"):
         config = AutoConfig.from_pretrained(base_of(resolve_model(name_or_path)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name_or_path}: no model there, neither a folder nor a hub name: {error}") from error
     if config.is_encoder_decoder:
         raise UserError(f"model {name_or_path} is an encoder–decoder; only decoder-only (causal) models are supported")
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def require_own_tokenizer(name_or_path: str, tokenizer: Any) -> None:
+    """Raises UserError where ids of a tokenizer have no row among the model's embeddings. Those of tokens that were added to
+    it and that no text needs may lie beyond: in Gemma 3 one does."""
+    rows = AutoConfig.from_pretrained(base_of(resolve_model(name_or_path))).get_text_config().vocab_size
+    needed = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token}
+    added = tokenizer.get_added_vocab().keys() - needed
+    token, last = max(((t, i) for t, i in tokenizer.get_vocab().items() if t not in added), key=lambda pair: pair[1])
+    if last >= rows:
+        raise UserError(
+            f"model {name_or_path}: its tokenizer gives {token!r} the id {last}, and its embeddings have {rows} rows. Take "
+            "the tokenizer that belongs to it, or resize_token_embeddings"
+        )
 
 
 def teacher_context(name_or_path: str, student: str) -> int:
@@ -86,12 +95,12 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         from peft import PeftModel
 
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        merged: Any = PeftModel.from_pretrained(load_causal_lm(base, options), path).merge_and_unload().eval()
+        with readable(name_or_path, "its adapter cannot be loaded"):
+            merged: Any = PeftModel.from_pretrained(load_causal_lm(base, options), path).merge_and_unload().eval()
         merged.requires_grad_(True)  # peft has frozen the base, and a full model is to be trained from here too
         merged.name_or_path = path  # which an adapter trained on it names as its base
         return merged
-    with safe_weights(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **kwargs).eval()
+    model = from_safetensors(AutoModelForCausalLM, name_or_path, **kwargs)
     for module in model.modules():  # GPT-2's gelu_new, spelled out in eight passes over memory, is this very function
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -102,18 +111,6 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         lambda module, inputs: (inputs[0].contiguous(), *inputs[1:])
     )
     return model
-
-
-@contextlib.contextmanager
-def safe_weights(name_or_path: str) -> Iterator[None]:
-    """Weights come from safetensors alone: a pickle can run any code. Raises UserError where there are none."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"model {name_or_path}: no weights in safetensors there ({error}). Load what you trust with transformers, and "
-            "save_pretrained it"
-        ) from error
 
 
 class TokenOutputs(NamedTuple):
@@ -242,7 +239,8 @@ def load_policy(
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    policy = Policy(get_peft_model(lm, config), value_head, logprob_chunk)  # type: ignore[arg-type]
+    with readable(name_or_path, "model.lora does not fit it"):
+        policy = Policy(get_peft_model(lm, config), value_head, logprob_chunk)  # type: ignore[arg-type]
     return policy, Reference(policy, adapter_off=True)
 
 

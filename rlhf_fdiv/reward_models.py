@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
-from rlhf_fdiv.models import load_tokenizer, safe_weights
+from rlhf_fdiv.models import load_tokenizer
 from rlhf_fdiv.objectives import preference_divergence
 from rlhf_fdiv.sequences import pad
+from rlhf_fdiv.weights import from_safetensors, readable
 
 
 class HiddenStates:
@@ -34,9 +35,8 @@ class HiddenStates:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
         self.tokenizer = load_tokenizer(name_or_path)
-        with safe_weights(path):
-            dtypes = {"dtype": getattr(torch, dtype), "use_safetensors": True}
-            self.model = AutoModel.from_pretrained(path, config=config, **dtypes).eval().to(device)
+        model = from_safetensors(AutoModel, name_or_path, config=config, dtype=getattr(torch, dtype))
+        self.model = model.to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], batch_size: int) -> Tensor:
@@ -101,9 +101,7 @@ class ClassifierReward:
     def __init__(self, path: str, device: torch.device) -> None:
         self.tokenizer = load_tokenizer(path)
         self.tokenizer.padding_side = "right"
-        with safe_weights(str(path)):
-            made = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto", use_safetensors=True)
-        self.model = made.eval().to(device)
+        self.model = from_safetensors(AutoModelForSequenceClassification, path, dtype="auto").to(device)
         if self.model.config.num_labels != 1:
             raise UserError(f"{path}: a reward model has one label, this one has {self.model.config.num_labels}")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -127,6 +125,7 @@ def load_reward_model(path: str, device: torch.device) -> HeadReward | Classifie
     """From the folder of either kind, or a hub name of the second."""
     if not is_reward_folder(path):
         return ClassifierReward(path, device)
-    config = json.loads((Path(path) / "reward_config.json").read_text(encoding="utf-8"))
-    states = HiddenStates(config["backbone"], config["dtype"], config["layers"], device)
-    return HeadReward(states, config, **load_file(Path(path) / "head.safetensors"))
+    with readable(path, "no reward model there that can be read"):
+        config = json.loads((Path(path) / "reward_config.json").read_text(encoding="utf-8"))
+        states = HiddenStates(config["backbone"], config["dtype"], config["layers"], device)
+        return HeadReward(states, config, **load_file(Path(path) / "head.safetensors"))

@@ -5,6 +5,8 @@ Each scorer's fields are its YAML schema. It maps prompts and completions to fin
 
 from __future__ import annotations
 
+import atexit
+import copy
 import functools
 import importlib
 import math
@@ -53,10 +55,7 @@ class RewardModel:
 
         if self.path is None:
             raise UserError("scorers: a reward_model needs its `path`, or a reward stage in the same run")
-        try:
-            model = load_reward_model(self.path, device)
-        except OSError as error:
-            raise UserError(f"scorers: no reward model at {self.path}: {error}") from error
+        model = load_reward_model(self.path, device)
         return lambda prompts, completions, **columns: model.score(prompts, completions, self.batch_size)
 
 
@@ -145,8 +144,8 @@ class Function:
         module, _, attribute = self.path.partition(":")
         try:
             found = operator.attrgetter(attribute)(importlib.import_module(module))
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"scorers: cannot load {self.path}: {error}") from error
+        except (Exception, SystemExit) as error:  # a user's own module may raise anything
+            raise UserError(f"scorers: cannot load {self.path}: {type(error).__name__}: {error}") from error
         if not callable(found):
             raise UserError(f"scorers: {self.path} is not a function")
         return found if self.num_workers == 1 and self.timeout is None else _in_threads(found, self)
@@ -154,13 +153,17 @@ class Function:
 
 def _in_threads(function: Score, spec: Function) -> Score:
     pool = ThreadPool(spec.num_workers)  # of daemons: the process can end while one of them still waits
+    atexit.register(pool.terminate)  # or its end would be told, with a traceback
 
     def score(**rows: list[Any]) -> list[Any]:
         width = math.ceil(len(rows["completions"]) / spec.num_workers)
 
         def part(start: int) -> list[Any]:
             mine = {name: column[start : start + width] for name, column in rows.items()}
-            values = list(function(**mine))
+            try:
+                values = list(function(**mine))
+            except SystemExit as error:  # which would end the thread alone, and the run would wait for it for ever
+                raise RuntimeError(f"it called exit({error.code})") from error
             if len(values) != len(mine["completions"]):  # two wrong parts might be right together
                 raise ValueError(f"gave {len(values)} numbers for {len(mine['completions'])} completions")
             return values
@@ -198,7 +201,8 @@ class Scorers:
             if name not in self._open:
                 self._open[name] = spec.open(self.device)
             try:
-                values = self._open[name](prompts=prompts, completions=completions, **columns)
+                rows = {"prompts": prompts, "completions": completions, **columns}
+                values = self._open[name](**{k: copy.copy(v) for k, v in rows.items()})  # what it changes is its own
             except UserError:
                 raise
             except Exception as error:
@@ -211,7 +215,7 @@ class Scorers:
 def _checked(name: str, values: Any, completions: list[str], clip: tuple[float, float] | None) -> Tensor:
     """A scorer's answer as [B] in float32, within `clip`."""
     try:
-        scores = torch.as_tensor(values, dtype=torch.float32)
+        scores = torch.as_tensor(values, dtype=torch.float32).detach()
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"scorer {name!r} gave something that is not a list of numbers: {error}") from error
     if scores.shape != (len(completions),):

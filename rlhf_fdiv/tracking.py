@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -16,11 +17,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_fdiv.checkpoints import newest_checkpoint
+from safetensors import SafetensorError
+
+from rlhf_fdiv.checkpoints import newest_checkpoint, what_is_kept
 from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, parse, to_dict
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.errors import UserError, one_line
 
 _FREE_KEYS = ("stages", "resume", "report_to", "output_dir")  # may change between two calls of one run
 MADE_FROM = {  # the keys that what a stage makes depends on
@@ -66,15 +69,23 @@ class RunFolder:
         keep a stage that was made with another config.
         """
         written = self.path / "resolved_config.yaml"
-        if written.is_file() and self.config.resume is not None:
-            self._set_aside(self.config.resume, _made_with(self.path), to_dict(self.config))
-        else:
-            self.require_same_config()
-        try:
+        with self._writable():
+            if written.is_file() and self.config.resume is not None:
+                self._set_aside(self.config.resume, _made_with(self.path), to_dict(self.config))
+            else:
+                self.require_same_config()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(written, dump(dataclasses.replace(self.config, resume=None)))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be made: {error}") from error
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """A fault of the file system becomes a UserError; every stage that has finished stays as it is."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
+            raise UserError(f"{self.path}: the run's folder cannot be used: {one_line(error)}") from error
 
     def require_same_config(self) -> None:
         """Raises UserError, naming each change, where the folder holds a run with another config."""
@@ -120,11 +131,16 @@ class RunFolder:
     def running(self, name: str, writes: bool = True) -> Iterator[Path]:
         """Times a stage and, on the process that writes, marks it finished; an exception leaves it unfinished."""
         folder = self.stage(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        if writes:
-            self._require_same_data(name)
+        with self._writable():
+            folder.mkdir(parents=True, exist_ok=True)
+            if writes:
+                self._require_same_data(name)
         start = time.time()
-        yield folder
+        try:
+            yield folder
+        except (OSError, SafetensorError) as error:
+            problem = f"{folder}: the stage was stopped by {type(error).__name__}: {error}"
+            raise UserError(f"{problem}. {what_is_kept(folder)}") from error
         if writes:
             seconds = round(time.time() - start, 2)
             write_atomically(folder / "finished.json", json.dumps({"seconds": seconds}))
@@ -180,6 +196,21 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_table(path: Path, columns: Any) -> None:
+    """A Parquet file of what `pandas.DataFrame` takes; a column that Parquet cannot hold, of mixed types say, as JSON."""
+    import pandas as pd
+
+    def storable(values: list[Any]) -> list[Any]:
+        try:
+            pd.DataFrame({"": values}).to_parquet(io.BytesIO())
+        except Exception:  # of pyarrow, whatever it stumbles over
+            return [json.dumps(value, default=str) for value in values]
+        return values
+
+    table = pd.DataFrame(columns, dtype=object)
+    pd.DataFrame({name: storable(table[name].tolist()) for name in table}).to_parquet(path)
 
 
 class Metrics:

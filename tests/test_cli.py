@@ -1,6 +1,7 @@
 """The command line: the config that it resolves, what it lists, and how a mistake ends."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_the_console_script_itself_prints_no_traceback():
     script = Path(sys.executable).with_name("rlhf-fdiv")
     made = subprocess.run([script, "run", "gone.yaml", "seed=1"], capture_output=True, text=True)
     assert errors((made.returncode, made.stdout, made.stderr)) == ["gone.yaml: no such config file"]
+
+
+def test_a_reward_that_never_answers_prints_no_traceback_as_the_process_ends(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ndef score(prompts, completions, **columns):\n    time.sleep(99)\n")
+    code = (
+        "import torch\nfrom rlhf_fdiv.rewards import Function, Scorers\n"
+        "Scorers({'r': Function('slow:score', timeout=0.1)}, torch.device('cpu'))(['r'], ['p'], ['c'])"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert "no answer within 0.1 s" in made.stderr
+    assert "Exception ignored" not in made.stderr
 
 
 # what it knows

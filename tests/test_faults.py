@@ -1,12 +1,16 @@
 """Kills, signals and damage: what is left of a run, and that it goes on as if nothing had been."""
 
+import ctypes
+import http.server
 import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -314,6 +318,119 @@ def test_a_reward_that_never_answers_ends_the_run_with_its_batch_and_the_last_ch
     assert "scorer 'praise' raised TimeoutError: no answer within 0.5 s" in first
     assert "bad_batch-" in kept
     assert len(pd.read_parquet(next(tmp_path.rglob("bad_batch-*.parquet")))) == 16
+
+
+def without_roots_rights(said, locked, *args):
+    """What anyone but root meets in a read-only folder: permission bits that bind."""
+    libc, header, rights = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, rights)
+    rights[0] &= ~(1 << 1)  # CAP_DAC_OVERRIDE
+    libc.capset(header, rights)
+    try:
+        os.environ["LOCKED"] = locked
+        tiny.run(*args)
+    except UserError as error:
+        Path(said).write_text("\n".join(error.problems))
+
+
+def locks(prompts, completions, **columns):
+    """Makes the stage's folder read-only while the second step is under way."""
+    asked.append(len(completions))
+    if len(asked) == 2:
+        Path(os.environ["LOCKED"]).chmod(0o555)
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("when", ["before", "in the second step"])
+def test_a_folder_that_is_read_only_is_named_with_what_is_kept_and_the_run_goes_on_once_it_is_not(
+    config, tmp_path, monkeypatch, when
+):
+    out = tmp_path / "runs" / "locked" / "policy"
+    locked = tmp_path / "runs" if when == "before" else out
+    monkeypatch.setenv("LOCKED", str(locked))
+    words = ["stages=[policy]", TILTED, "report_to=none", "policy.save_steps=1", "name=locked", "policy.max_steps=2"]
+    words += [f"output_dir={tmp_path / 'runs'}"]
+    scorer = f"scorers.praise={{name: function, path: '{__name__}:locks'}}"
+    if when == "before":
+        locked.mkdir(mode=0o555)
+        scorer = "scorers.praise={name: length}"
+    args = (str(tmp_path / "said"), str(locked), config, *words, scorer)
+    child = PROCESSES.Process(target=without_roots_rights, args=args)
+    child.start()
+    child.join()
+    (said,) = (tmp_path / "said").read_text().splitlines()
+    assert "Permission denied" in said
+    if when == "before":
+        assert said.startswith(f"{out.parent}: the run's folder cannot be used: ")
+        assert not list(locked.iterdir())
+    else:
+        assert "step 2: the checkpoint cannot be written: " in said
+        assert f"{out / 'checkpoint-1'} is intact, and the same command goes on from it" in said
+        require_whole(out / "checkpoint-1")
+    locked.chmod(0o755)
+    asked[:] = [0, 0]
+    run(config, *words, scorer)
+    assert [row["step"] for row in jsonl(out / "metrics.jsonl")] == [1, 2]
+    assert [p.name for p in checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
+
+
+class RewardServer(http.server.BaseHTTPRequestHandler):
+    """Answers the first request, and no other until it is `mended`."""
+
+    fault, mended, requests = "", False, 0
+
+    def do_POST(self):
+        server = type(self)
+        server.requests += 1
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if server.requests > 1 and not server.mended:
+            if server.fault == "hangs":
+                time.sleep(3)
+            return  # without an answer the connection is closed
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps([float(len(text)) for text in texts]).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def by_http(prompts, completions, **columns):
+    request = urllib.request.Request(os.environ["REWARD_SERVER"], json.dumps(completions).encode())
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("dies", "RemoteDisconnected"), ("hangs", "TimeoutError: no answer within 0.5 s")]
+)
+def test_a_reward_server_that_dies_or_hangs_leaves_its_batch_and_checkpoint_and_the_run_goes_on_once_it_is_back(
+    config, tmp_path, monkeypatch, fault, said
+):
+    handler = type("Handler", (RewardServer,), {"fault": fault})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("REWARD_SERVER", f"http://127.0.0.1:{server.server_port}")
+        path = {"name": "function", "path": f"{__name__}:by_http", "timeout": 0.5 if fault == "hangs" else None}
+        words = [
+            "stages=[policy]",
+            TILTED,
+            "report_to=none",
+            "policy.save_steps=1",
+            "policy.max_steps=3",
+            "name=served",
+        ]
+        words += [f"scorers.praise={json.dumps(path)}", f"output_dir={tmp_path}"]
+        first, kept = problems(run, config, *words)
+        assert first.startswith(f"scorer 'praise' raised {said}")
+        out = tmp_path / "served" / "policy"
+        assert f"The batch is in {out / 'bad_batch-2.parquet'}" in kept
+        assert f"{out / 'checkpoint-1'} is intact, and the same command goes on from it" in kept
+        assert len(pd.read_parquet(out / "bad_batch-2.parquet")) == 16
+        handler.mended = True
+        run(config, *words)
+        server.shutdown()
+    assert [row["step"] for row in jsonl(out / "metrics.jsonl")] == [1, 2, 3]
 
 
 DYING = """

@@ -23,6 +23,7 @@ ORDER = (
     "assets",
     "film_reviews",
     "known_models",
+    "weights",
     "model_options",
     "models",
     "toy",

@@ -4,8 +4,11 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from tiny import problems, run, write_config
@@ -14,6 +17,8 @@ from transformers import AutoModelForCausalLM
 import rlhf_fdiv
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.models import load_causal_lm
+
+ROOT = Path(__file__).parents[1]
 
 
 class Bomb:
@@ -76,3 +81,32 @@ def test_no_secret_of_the_environment_is_written(start, data, tmp_path, monkeypa
     folder = run(write_config(tmp_path / "a.yaml", raw)).path
     for file in (p for p in folder.rglob("*") if p.is_file()):
         assert b"secret_of_the_test" not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_no_pinned_version_has_a_known_vulnerability(tmp_path):
+    """By pip-audit in a folder of its own. Skipped, with the reason, where the advisories of a pin could not be read."""
+    install = ["pip", "install", "--quiet", "--target", str(tmp_path), "pip-audit"]
+    audit = [
+        "pip_audit",
+        "--no-deps",
+        "--disable-pip",
+        "--progress-spinner=off",
+        "--format=json",
+        "-r",
+        "constraints.txt",
+    ]
+    for command in (install, audit):
+        made = subprocess.run(
+            [sys.executable, "-m", *command],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
+        if made.returncode and not made.stdout:
+            pytest.skip(f"{command[0]}: {made.stderr.strip().splitlines()[-1]}")
+    pins = json.loads(made.stdout)["dependencies"]
+    assert not [pin for pin in pins if pin.get("vulns")]
+    if unread := [pin for pin in pins if "skip_reason" in pin]:
+        pytest.skip(f"{len(unread)} of {len(pins)} pins were not audited: {unread[0]['skip_reason']}")

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.errors import UserError, one_line
 
 CHOICES = ("objective", "target", "estimator", "divergence")  # a bare string in their place is their name
 _PACKAGE = Path(__file__).parent.parent
 _FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_LIMIT = 2**17  # characters of a file, and values with all that aliases repeat
 _YAML_ERRORS = (OSError, yaml.YAMLError, ValueError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-6 is a number and a key given twice is an error."""
+    """Safe YAML in which 1e-6 is a number and a key given twice is an error, as are aliases of aliases without end."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.values, self.sizes = 0, dict[int, int]()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias, before = self.check_event(yaml.AliasEvent), self.values
+        node = super().compose_node(parent, index)
+        self.values += self.sizes.get(id(node), 1) if alias else 1
+        if self.values > _LIMIT:
+            raise yaml.composer.ComposerError(None, None, f"more than {_LIMIT:,} values with what aliases repeat")
+        if not alias:
+            self.sizes[id(node)] = self.values - before
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -27,9 +43,17 @@ class Dumper(yaml.SafeDumper):
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-    if twice := [key for key in keys if keys.count(key) > 1]:
+    made = loader.construct_mapping(node, deep=True)  # which refuses keys that cannot be counted
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
+    return made
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    if abs(value) >= 2**1000:  # beyond what a float can hold, or Python will print
+        raise yaml.constructor.ConstructorError(None, None, "a number too large", node.start_mark)
+    return value
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -37,6 +61,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 Dumper.add_representer(str, _text)
 for _cls in (_Loader, Dumper):
@@ -61,11 +86,15 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: its `base` leads back to itself")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_LIMIT + 1)
+        if len(text) > _LIMIT:
+            raise ValueError(f"longer than {_LIMIT:,} characters; is it a config at all?")
+        raw = yaml.load(text, _Loader)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such config file") from error
     except _YAML_ERRORS as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of keys, not {type(raw).__name__}")
     bases = raw.pop("base", None)
@@ -109,7 +138,7 @@ def with_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         try:
             value = yaml.load(text, _Loader)
         except _YAML_ERRORS as error:
-            problems.append(f"override {item[:200]!r}: the value is not YAML: {' '.join(str(error).split())}")
+            problems.append(f"override {item[:200]!r}: the value is not YAML: {one_line(error)}")
         else:
             raw = merge(raw, functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value))
     if problems:

@@ -10,7 +10,7 @@ from annotated_types import Gt, Le, MinLen
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.model_options import ModelOptions
-from rlhf_fdiv.ranges import BelowHalf, BelowOne, Count, CountOrZero, Integer, NotNegative, Number, Positive
+from rlhf_fdiv.ranges import BelowHalf, BelowOne, Count, CountOrZero, NotNegative, Number, Positive, Steps
 
 STAGES = ("sft", "reward", "policy", "prefer", "distil", "evaluate")
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -33,15 +33,15 @@ class SftOptions:
     """Supervised fine-tuning by TRL's SFTTrainer; `training_args` takes any other field of its SFTConfig."""
 
     divergence: Any = "forward_kl"
-    max_steps: Integer = -1
-    num_train_epochs: Number = 1.0
+    max_steps: Steps = -1
+    num_train_epochs: Positive = 1.0
     per_device_train_batch_size: Count = 16
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive = 1e-4
     lr_scheduler_type: Scheduler = "linear"
-    warmup_steps: Number = 0.1
+    warmup_steps: NotNegative = 0.1
     max_length: Count = 128
-    save_steps: Integer = 0
+    save_steps: CountOrZero = 0
     training_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,11 +54,11 @@ class RewardOptions:
     divergence: Any = "forward_kl"
     label_smoothing: BelowHalf = 0.0
     max_pairs: Count | None = None
-    layers: Annotated[list[Annotated[float, Gt(0), Le(1)]], MinLen(1)] = field(default_factory=lambda: [0.4, 0.6])
+    layers: Annotated[list[Annotated[Number, Gt(0), Le(1)]], MinLen(1)] = field(default_factory=lambda: [0.4, 0.6])
     l2: NotNegative = 1000.0
     batch_size: Count = 64
-    max_steps: Integer = -1
-    num_train_epochs: Number = 1.0
+    max_steps: Steps = -1
+    num_train_epochs: Positive = 1.0
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
     learning_rate: Positive = 2e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,7 +86,7 @@ def _value(name: str, key: str, value: Any, kind: str) -> Any:
         if not isinstance(value, str | Mapping | Divergence):
             raise ValueError(f"{name}: {key} must name a divergence, not {value!r}")
         return get(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: {key} must be a finite number, not {value!r}")
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -10,7 +11,8 @@ import os
 import platform
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_type_hints
 
 import datasets
 import torch
@@ -19,9 +21,10 @@ from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.config import STAGES, RunConfig, data_needs
+from rlhf_fdiv.config.checks import validate
 from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
-from rlhf_fdiv.errors import UserError, did_you_mean
-from rlhf_fdiv.models import context_length, load_tokenizer, teacher_context
+from rlhf_fdiv.errors import UserError, did_you_mean, one_line
+from rlhf_fdiv.models import context_length, load_tokenizer, require_own_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
 from rlhf_fdiv.stages.stopping import noticed
 from rlhf_fdiv.tracking import RunFolder, is_finished
@@ -85,11 +88,19 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
         except UserError as error:
             problems.extend(p for p in error.problems if p not in problems)
 
+    def read_model(name: str) -> tuple[Any, int | None]:
+        tokenizer, context = collect(load_tokenizer, name), collect(context_length, name)
+        if tokenizer is not None and context is not None:
+            collect(require_own_tokenizer, name, tokenizer)
+        return tokenizer, context
+
     continued = {"prefer": ("preferences_train", "preferences_eval"), "distil": ("sft_train",)}
     whole = [key for stage in stages for key in continued.get(stage, ())]  # whose prompts must leave room for a text
     for key, fields in {k: v for stage in stages for k, v in needs[stage].items()}.items():
         source = getattr(config.data, key)
         rows = collect(read_rows, source, fields) if source else None
+        if rows and fields is PREFERENCES and all(row["chosen"] == row["rejected"] for row in rows):
+            problems.append(f"{source}: every pair has the same text twice; nothing can be learned from it")
         if rows and (fields is PROMPTS or key in whole):
             prompts[source] = rows
     if "policy" in stages or "evaluate" in stages:
@@ -100,10 +111,8 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
                 collect(spec.open, torch.device("cpu"))
     policy_model = config.training.model or config.model.name_or_path
     if {"sft", "reward"} & set(stages) and config.model.name_or_path != policy_model:
-        collect(load_tokenizer, config.model.name_or_path)
-        collect(context_length, config.model.name_or_path)
-    tokenizer = collect(load_tokenizer, policy_model)
-    context = collect(context_length, policy_model)
+        read_model(config.model.name_or_path)
+    tokenizer, context = read_model(policy_model)
     if "distil" in stages and tokenizer is not None and context is not None:
         room = collect(teacher_context, str(config.distil.teacher), policy_model)
         context = room and min(context, room)
@@ -175,9 +184,18 @@ def trainer_arguments(cls: Any, stage: str, options: Any, config: RunConfig, out
 
     Raises UserError, naming the key, before any model is loaded.
     """
-    known = {x.name for x in dataclasses.fields(cls)}
-    if unknown := [k for k in options.training_args if k not in known]:
-        raise UserError(*(f"{stage}.training_args.{k}: unknown key{did_you_mean(k, known)}" for k in unknown))
+    known, problems, given = get_type_hints(cls), [], {}
+    own = {"output_dir", "seed", *fixed, *(x.name for x in dataclasses.fields(options))}
+    for key, value in options.training_args.items():
+        where = f"{stage}.training_args.{key}"
+        if key in own:
+            problems.append(f"{where}: the run has a key of its own for it")
+        elif key not in known:
+            problems.append(f"{where}: unknown key{did_you_mean(key, known)}")
+        else:
+            given[key] = validate(known[key], value, where, problems)
+    if problems:
+        raise UserError(*problems)
     shared = {k: v for k, v in dataclasses.asdict(options).items() if k in known}
     save = {"save_strategy": "steps" if getattr(options, "save_steps", 0) else "no"}
     if not shared.get("save_steps"):
@@ -190,8 +208,26 @@ def trainer_arguments(cls: Any, stage: str, options: Any, config: RunConfig, out
         "dataloader_pin_memory": False,
         "disable_tqdm": None,
     }
-    values = {**quiet, **save, **on_cpu, **shared, **fixed, **options.training_args}
-    try:
+    values = {**quiet, **save, **on_cpu, **shared, **fixed, **given}
+    with training_by_trl(stage, options):
         return cls(output_dir=str(out), seed=config.seed, **values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{stage}.training_args: {error}") from error
+
+
+@contextlib.contextmanager
+def training_by_trl(stage: str, options: Any) -> Iterator[None]:
+    """What TRL raises where it was given `training_args`, which only it can judge, is told as a user's mistake."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not options.training_args:
+            raise
+        keys = ", ".join(options.training_args)
+        raise UserError(f"{stage}: TRL's trainer: {one_line(error)} (with {stage}.training_args {keys})") from error
+
+
+def require_rows(trainer: Any, source: str, stage: str) -> None:
+    """Raises UserError where TRL has left out every row for its length."""
+    if not len(trainer.train_dataset):
+        raise UserError(f"{source}: no row fits into {stage}.max_length = {trainer.args.max_length} tokens; raise it")

@@ -16,6 +16,7 @@ from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.training import Training
 from rlhf_fdiv.targets import effective_sample_size
+from rlhf_fdiv.tracking import write_table
 
 SHOWN = ("objective", "kl_reference", "divergence_target", "ess_log_z", "entropy")
 
@@ -96,9 +97,7 @@ class Log:
     def flush_completions(self, step: int) -> None:
         """One Parquet file for the completions since the last checkpoint."""
         if self.training.accelerator.is_main_process and self.completions:
-            import pandas as pd
-
             folder = self.training.out / "completions"
             folder.mkdir(exist_ok=True)
-            pd.DataFrame(self.completions).to_parquet(folder / f"until-{step:06d}.parquet")
+            write_table(folder / f"until-{step:06d}.parquet", self.completions)
         self.completions = []

@@ -19,7 +19,7 @@ from rlhf_fdiv.data import PREFERENCES, Rows, rater_shares, read_rows
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.objectives import preference_divergence, soft_labels
 from rlhf_fdiv.reward_models import HeadReward, HiddenStates, fit_head, load_reward_model
-from rlhf_fdiv.stages.common import process_state, run_stage, trainer_arguments
+from rlhf_fdiv.stages.common import process_state, require_rows, run_stage, trainer_arguments, training_by_trl
 from rlhf_fdiv.stages.sft import MetricsCallback
 from rlhf_fdiv.tracking import Metrics, RunFolder, write_atomically
 
@@ -76,8 +76,8 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
-    from rlhf_fdiv.known_models import resolve_model
-    from rlhf_fdiv.models import load_tokenizer, safe_weights
+    from rlhf_fdiv.models import load_tokenizer
+    from rlhf_fdiv.weights import from_safetensors
 
     class DivergenceRewardTrainer(RewardTrainer):
         def compute_loss(
@@ -95,17 +95,19 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
             f"model {config.model.name_or_path}: pad and EOS are the same token, so the classifier could not tell where a "
             "text ends. Give its tokenizer a pad token of its own, or use reward.method=head"
         )
-    with safe_weights(config.model.name_or_path):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(config.model.name_or_path), num_labels=1, dtype=torch.float32, use_safetensors=True
-        )
+    options: dict[str, Any] = {"num_labels": 1, "dtype": torch.float32, "new_head": True}
+    model = from_safetensors(AutoModelForSequenceClassification, config.model.name_or_path, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     args = trainer_arguments(RewardConfig, "reward", config.reward, config, out, max_length=config.reward.max_length)
     columns = {k: [row[k] for row in rows] for k in PREFERENCES} | {"margin": preference.tolist()}
-    trainer = DivergenceRewardTrainer(model, args, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
+    data = Dataset.from_dict(columns)
+    with training_by_trl("reward", config.reward):
+        trainer = DivergenceRewardTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    require_rows(trainer, str(config.data.preferences_train), "reward")
     metrics = Metrics(out, config.report_to)
     trainer.add_callback(MetricsCallback(metrics))
-    trainer.train()
+    with training_by_trl("reward", config.reward):
+        trainer.train()
     metrics.close()
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")

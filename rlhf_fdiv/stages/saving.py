@@ -16,12 +16,12 @@ from rlhf_fdiv.checkpoints import (
     STATE,
     checkpoints,
     checksums,
-    newest_checkpoint,
     none_left,
     prune_checkpoints,
     require_whole,
     set_aside,
     step_of,
+    what_is_kept,
 )
 from rlhf_fdiv.errors import UserError
 
@@ -50,11 +50,7 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if problem := self._together(self.accelerator.save_state, str(part)) or self._together(self._seal, part, step):
-            last = newest_checkpoint(self.out)
-            raise UserError(
-                f"step {step}: the checkpoint cannot be written: {problem}. "
-                + (f"{last} is intact, and the same command goes on from it" if last else "There is none before it")
-            )
+            raise UserError(f"step {step}: the checkpoint cannot be written: {problem}. {what_is_kept(self.out)}")
         if self.accelerator.is_main_process:
             whole = self.out / f"checkpoint-{step}"
             if whole.exists():  # not a checkpoint, or the run would have gone on from it

@@ -18,9 +18,10 @@ from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import COMPLETIONS, read_rows
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
 from rlhf_fdiv.objectives import next_token_divergence
-from rlhf_fdiv.stages.common import run_stage, trainer_arguments
+from rlhf_fdiv.stages.common import require_rows, run_stage, trainer_arguments, training_by_trl
 from rlhf_fdiv.stages.stopping import StopCallback, stop
 from rlhf_fdiv.tracking import Metrics, RunFolder
+from rlhf_fdiv.weights import require_finite
 
 
 class DivergenceSFTTrainer(SFTTrainer):
@@ -69,16 +70,20 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     )
     model = load_causal_lm(name, config.model)
     data = Dataset.from_list([{k: row[k] for k in COMPLETIONS} for row in rows])
-    trainer = DivergenceSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)  # type: ignore[arg-type]
+    with training_by_trl("sft", options):
+        trainer = DivergenceSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)  # type: ignore[arg-type]
+    require_rows(trainer, source, "sft")
     trainer.divergence = divergences.get(options.divergence)
     checkpoint = newest_checkpoint(out)
     metrics = Metrics(out, config.report_to, step_of(checkpoint) if checkpoint else 0)
     trainer.add_callback(MetricsCallback(metrics))
     trainer.add_callback(until := StopCallback())
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with training_by_trl("sft", options):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics.close()
     if until.stopped:
         stop(f"sft: stopped; {newest_checkpoint(out)} is saved")
+    require_finite(str(out / "model"), model)
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")
 

@@ -18,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
+from rlhf_fdiv.checkpoints import what_is_kept
 from rlhf_fdiv.config.options import TrainingOptions
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, save_policy
 from rlhf_fdiv.stages.saving import Checkpoints
 from rlhf_fdiv.stages.stopping import asked, stop
-from rlhf_fdiv.tracking import Metrics
+from rlhf_fdiv.tracking import Metrics, write_table
 
 
 def launch(key: str, count: int) -> Accelerator:
@@ -172,7 +173,7 @@ class Training:
                 size = self.options.per_device_train_batch_size
                 raise UserError(
                     f"step {self.at_step}: out of memory in the update. Lower per_device_train_batch_size (now {size}), set "
-                    "logprob_chunk or model.lora, or take model.dtype=bfloat16; the last checkpoint is intact"
+                    f"logprob_chunk or model.lora, or take model.dtype=bfloat16. {what_is_kept(self.out)}"
                 ) from error
             raise
 
@@ -182,11 +183,9 @@ class Training:
             raise UserError(f"step {self.at_step}: the {what} is {float(value.detach())}", self._keep_batch())
 
     def _keep_batch(self) -> str:
-        import pandas as pd
-
         path = self.out / f"bad_batch-{self.at_step}.parquet"
-        pd.DataFrame(self.batch).to_parquet(path)
-        return f"The batch is in {path}; no weight was changed by it, and the last checkpoint is intact"
+        write_table(path, self.batch)
+        return f"The batch is in {path}; no weight was changed by it. {what_is_kept(self.out)}"
 
     def log(self, step: int, values: dict[str, float], seconds: float, shown: tuple[str, ...] = ()) -> None:
         """One row of metrics.jsonl and one line on the screen, of what is `shown` of it, by the main process."""

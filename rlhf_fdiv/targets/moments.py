@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.ranges import Count, NotNegative
+from rlhf_fdiv.ranges import Count, NotNegative, Number
 from rlhf_fdiv.targets.partition import effective_sample_size
 
 
@@ -21,10 +21,10 @@ class Moments:
     a Z for each prompt. With `dual_learning_rate` > 0 it then follows the trained policy (`DualAscent`).
     """
 
-    moments: dict[str, float]
+    moments: dict[str, Number]
     num_prompts: Count = 32
     num_generations: Count = 64
-    lambdas: dict[str, float] = field(default_factory=dict)
+    lambdas: dict[str, Number] = field(default_factory=dict)
     dual_learning_rate: NotNegative = 0.0
     name: ClassVar[str] = "moments"
     has_zeros: ClassVar[bool] = False
