@@ -18,8 +18,18 @@ import transformers
 from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
+from rlhf_fdiv import metrics
 from rlhf_fdiv.config import STAGES, RunConfig, data_needs
-from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
+from rlhf_fdiv.data import (
+    COMPLETIONS,
+    PREFERENCES,
+    PROMPTS,
+    RATINGS,
+    Rows,
+    read_rows,
+    reference_texts,
+    tokenize_prompts,
+)
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.models import context_length, load_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
@@ -92,6 +102,13 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
         rows = collect(read_rows, source, fields) if source else None
         if rows and (fields is PROMPTS or key in whole):
             prompts[source] = rows
+    if "evaluate" in stages:
+        collect(metrics.require_harness, config.evaluate.lm_eval, config.evaluate.mauve)
+        rows = prompts.get(str(config.data.prompts_eval))
+        if config.evaluate.mauve and rows and not collect(reference_texts, rows, config.data.sft_eval, 1):
+            problems.append(
+                f"evaluate.mauve: needs `references` in every row of {config.data.prompts_eval}, or data.sft_eval"
+            )
     if "policy" in stages or "evaluate" in stages:
         for spec in config.scorers.values():
             if isinstance(spec, NgramRidge):
