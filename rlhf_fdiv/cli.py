@@ -92,7 +92,21 @@ _stage_command("reward", "A reward model from human preferences.")
 _stage_command("policy", "On-policy alignment.")
 _stage_command("prefer", "f-DPO: alignment from pairs, offline.")
 _stage_command("distil", "Distillation from a teacher, by token, with any f.")
-_stage_command("evaluate", "Before and after, on held-out prompts.")
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument = None,
+    overrides: Overrides = None,
+    config_option: ConfigOption = None,
+    print_config: PrintConfig = False,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, before and after: names or local .yaml files, by commas.")
+    ] = None,
+) -> None:
+    """Before and after, on held-out prompts."""
+    tasks = [f"evaluate.lm_eval=[{lm_eval}]"] if lm_eval else []
+    _run(config, config_option, [*(overrides or []), *tasks], print_config, ["evaluate"])
 
 
 @app.command()

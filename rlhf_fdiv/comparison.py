@@ -111,7 +111,7 @@ def best_of_n_curve(table: pd.DataFrame, reward: str) -> pd.DataFrame:
             if c.startswith("sft_")
         }
         for n in (2**i for i in range(k.bit_length())):
-            means = {name: metrics.best_of_n(scores[reward], x, n) for name, x in scores.items()}
+            means = {name: float(metrics.best_of_n(scores[reward], x, n).mean()) for name, x in scores.items()}
             rows.append({"n": n, "kl_reference": metrics.best_of_n_kl(n), **means})
     return pd.DataFrame(rows).groupby("n", as_index=False).mean()
 

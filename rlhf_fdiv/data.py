@@ -170,6 +170,18 @@ def extra_columns(rows: Rows) -> dict[str, list[Any]]:
     return {k: [row[k] for row in rows] for k in rows[0] if k != "prompt" and all(k in row for row in rows)}
 
 
+def have_references(rows: Rows) -> bool:
+    """Whether every row has a list of `references`."""
+    return all(isinstance(row.get("references"), list) and row["references"] for row in rows)
+
+
+def reference_texts(rows: Rows, sft_eval: str | None, limit: int | None = None) -> Rows:
+    """Held-out texts as `prompt, completion`: the rows' own references, or the first of `sft_eval`; none without either."""
+    if have_references(rows):
+        return [{"prompt": row["prompt"], "completion": text} for row in rows for text in row["references"]]
+    return read_rows(sft_eval, COMPLETIONS, limit) if sft_eval else []
+
+
 def file_hash(source: str) -> str:
     """sha256 of a data file, for the manifest; empty for folders and hub names."""
     path = Path(locate(source))

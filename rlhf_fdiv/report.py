@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config import RunConfig
+from rlhf_fdiv.metrics import MAUVE_TEXTS
 from rlhf_fdiv.tracking import environment, write_atomically
 
 ROWS = ("objective", "kl_reference", "entropy", "length", "distinct_1", "distinct_2", "distinct_3", "self_bleu", "bleu",
-        "rouge_l", "perplexity", "bits_per_character")  # fmt: skip
+        "rouge_l", "mauve", "perplexity", "bits_per_character")  # fmt: skip
 
 PANELS = ("objective", "kl_reference", "divergence_target", "entropy", "margin", "accuracy", "divergence_by_token")
 
@@ -30,6 +31,8 @@ def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any]
         f"# {config.name}",
         _what(config, "objective" in report["policy"]),
         "## Before and after, on held-out prompts\n\n" + _main_table(config, report),
+        *_inference_section(config, report),
+        *_lm_eval_section(config, report),
         "## Divergences of the policy, in nats\n\n" + _divergence_table(report),
         "## Training\n\n" + "\n\n".join(f"![{f.stem}]({f.relative_to(run)})" for f in figures),
         "## Samples\n\n" + _samples(samples, config.evaluate.samples),
@@ -75,7 +78,45 @@ def _main_table(config: RunConfig, report: dict[str, Any]) -> str:
         for key in (*config.scorers, *ROWS)
         if policy.get(key) is not None
     ]
-    return markdown_table(("", "before", "after", "gain (paired)"), *rows)
+    table = markdown_table(("", "before", "after", "gain (paired)"), *rows)
+    if (n := report.get("mauve_texts", MAUVE_TEXTS)) < MAUVE_TEXTS:
+        table += f"\n\nMAUVE is of {n} texts a side: below about {MAUVE_TEXTS} it is not reliable."
+    return table
+
+
+def _inference_section(config: RunConfig, report: dict[str, Any]) -> list[str]:
+    """The trained policy beside what sampling from the reference reaches without training; none without a target."""
+    if "inference" not in report:
+        return []
+    columns = (*config.scorers, "kl_reference", "objective", "tv_bound")
+    tv = report["divergence_to_target"].get("tv", {})
+    trained = report["policy"] | {"tv_bound": tv.get("value"), "tv_bound_se": tv.get("standard_error")}
+    models = [{"method": "reference", "samples": 1, **report["sft"]}, {"method": "trained", "samples": 1, **trained}]
+    rows = [
+        (row["method"], _number(row["samples"]), *(_number(row.get(key), row.get(f"{key}_se")) for key in columns))
+        for row in (*models, *report["inference"])
+    ]
+    head = ("", "samples a text", *config.scorers, "KL to the reference", "objective", "TV to the target")
+    note = (
+        "Without training: the best of n samples of the reference (at most this KL, at least this objective), and "
+        "quasi-rejection, which accepts a sample with probability min(1, exp(potential)/b) and draws from the target itself "
+        "where no text exceeds b; its TV is a bound. Estimated from the samples above; what they cannot support is left out."
+    )
+    return ["## What training buys\n\n" + markdown_table(head, *rows) + f"\n\n{note}"]
+
+
+def _lm_eval_section(config: RunConfig, report: dict[str, Any]) -> list[str]:
+    if "lm_eval" not in report:
+        return []
+    before, after = report["lm_eval"]["sft"], report["lm_eval"]["policy"]
+    rows = [
+        (key, *(_number(x[key], x.get(f"{key}_se")) for x in (before, after)))
+        for key in before
+        if not key.endswith("_se")
+    ]
+    limit = config.evaluate.lm_eval_limit
+    note = f"The first {limit} examples of each task." if limit else "All examples of each task."
+    return ["## lm-eval\n\n" + markdown_table(("", "before", "after"), *rows) + f"\n\n{note}"]
 
 
 def _divergence_table(report: dict[str, Any]) -> str:

@@ -38,23 +38,39 @@ class HiddenStates:
         model = from_safetensors(AutoModel, name_or_path, config=config, dtype=getattr(torch, dtype))
         self.model = model.to(device)
 
-    @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], batch_size: int) -> Tensor:
-        """[N, layers × hidden] in float32; sorted by length inside, so that little is padded."""
-        prompt_ids = self.tokenizer(prompts)["input_ids"]
-        ids = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
-        whole = [[*a, *b, self.tokenizer.eos_token_id] for a, b in zip(prompt_ids, ids, strict=True)]
-        order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
-        features = torch.zeros(len(whole), len(self.layers) * self.model.config.hidden_size)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            tokens, mask = (x.to(self.model.device) for x in pad([whole[i] for i in rows], 0, "right"))
-            out = self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
-            first = torch.tensor([len(prompt_ids[i]) for i in rows], device=mask.device)
-            own = (mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])).unsqueeze(-1)
-            pooled = [(out.hidden_states[layer].float() * own).sum(1) / own.sum(1) for layer in self.layers]
-            features[rows] = torch.cat(pooled, 1).cpu()
-        return features
+        """[N, layers × hidden] in float32."""
+        return completion_states(self.model, self.tokenizer, self.layers, prompts, completions, batch_size)
+
+
+@torch.no_grad()
+def completion_states(
+    model: Any,
+    tokenizer: Any,
+    layers: list[int],
+    prompts: list[str],
+    completions: list[str],
+    batch_size: int,
+    max_length: int | None = None,
+) -> Tensor:
+    """Hidden states of some layers side by side, averaged over each completion's tokens and the EOS behind them.
+
+    [N, layers × hidden] in float32; sorted by length inside, so that little is padded. Completions are cut at `max_length`.
+    """
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    whole = [[*a, *b[:max_length], tokenizer.eos_token_id] for a, b in zip(prompt_ids, ids, strict=True)]
+    order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
+    features = torch.zeros(len(whole), len(layers) * model.config.hidden_size)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tokens, mask = (x.to(model.device) for x in pad([whole[i] for i in rows], 0, "right"))
+        out = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        first = torch.tensor([len(prompt_ids[i]) for i in rows], device=mask.device)
+        own = (mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])).unsqueeze(-1)
+        pooled = [(out.hidden_states[layer].float() * own).sum(1) / own.sum(1) for layer in layers]
+        features[rows] = torch.cat(pooled, 1).cpu()
+    return features
 
 
 @dataclass

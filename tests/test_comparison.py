@@ -200,7 +200,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
     reward, score = torch.randn(2, 3, 5, generator=generator)
     subsets = list(itertools.combinations(range(5), n))
     brute = [score[i, max(subset, key=lambda j: reward[i, j])] for i in range(3) for subset in subsets]
-    assert best_of_n(reward, score, n) == pytest.approx(float(torch.stack(brute).mean()))
+    assert float(best_of_n(reward, score, n).mean()) == pytest.approx(float(torch.stack(brute).mean()))
     with pytest.raises(ValueError, match="best of 6 needs at least 6 completions a prompt, not 5"):
         best_of_n(reward, score, 6)
 

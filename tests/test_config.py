@@ -434,7 +434,7 @@ WRONG_TYPE = [
     ("reward.layers", 0.5), ("reward.layers.0", "last"), ("reward.divergence", 3), ("reward.l2", None),
     ("policy", [1]), ("policy.max_steps", "ten"), ("policy.model", 3), ("policy.learning_rate", True),
     ("policy.num_generations", None), ("evaluate", True), ("evaluate.divergences", "js"),
-    ("evaluate.divergences.0", 3), ("evaluate.num_prompts", "all"), ("objective", None), ("objective", 3),
+    ("evaluate.divergences.0", 3), ("evaluate.num_prompts", "all"), ("evaluate.lm_eval", "arc_easy"), ("objective", None), ("objective", 3),
     ("objective", []), ("target", None), ("target", [1]), ("estimator", False), ("divergence", None),
     ("divergence", 3), ("divergence", ["js"]), ("divergence", {}), ("scorers", None), ("scorers", []),
     ("scorers", "reward_model"), ("scorers.reward", None), ("scorers.reward", 3),
@@ -451,7 +451,7 @@ WRONG_VALUE = [
     ("policy.max_grad_norm", -1), ("policy.save_steps", 0), ("policy.save_total_limit", 0),
     ("policy.warm_start_generations", -1), ("policy.weight_decay", -1), ("evaluate.num_prompts", 0),
     ("evaluate.num_generations", 0), ("evaluate.batch_size", 0), ("evaluate.samples", -1),
-    ("evaluate.perplexity_rows", -1),
+    ("evaluate.perplexity_rows", -1), ("evaluate.lm_eval_limit", 0),
 ]  # fmt: skip
 WRONG_IN_A_CHOICE = [
     ("objective.beta", {"name": "regularise"}, "x"), ("objective.beta", {"name": "regularise"}, 0),

@@ -55,7 +55,7 @@ INSIDE = {
     "targets": ("partition", "potentials", "moments", "dual"),
     "estimators": ("loss", "groups", "ppo"),
     "config": ("files", "options", "checks"),
-    "metrics": ("text", "likelihood", "exact", "divergence", "best_of_n"),
+    "metrics": ("text", "likelihood", "exact", "divergence", "best_of_n", "rejection", "harness"),
     "stages": (
         "stopping",
         "common",

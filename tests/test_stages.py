@@ -494,7 +494,7 @@ def test_evaluate_reads_the_lambdas_that_the_policy_stage_solved(policy):
 
 def evaluated(out):
     report = json.loads((out.parent / "evaluate" / "metrics.json").read_text())
-    assert (out.parent / "report.md").read_text().count("\n## ") == 5
+    assert (out.parent / "report.md").read_text().count("\n## ") == 6
     return report
 
 

@@ -129,7 +129,8 @@ class DistilOptions(TrainingOptions):
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Measurement on held-out prompts, of the reference and of the policy with the same random streams; with `exact` also
-    over every text, for a language small enough to enumerate."""
+    over every text, for a language small enough to enumerate. `lm_eval` are tasks of lm-eval, by name or local .yaml file, on
+    their first `lm_eval_limit` examples; `mauve` compares samples with the prompts' `references`, or with `data.sft_eval`."""
 
     num_prompts: Count | None = None
     num_generations: Count = 4
@@ -140,6 +141,9 @@ class EvaluateOptions:
     perplexity_rows: CountOrZero = 128
     samples: CountOrZero = 10
     exact: bool = False
+    lm_eval: list[Annotated[str, MinLen(1)]] = field(default_factory=list)
+    lm_eval_limit: Count | None = None
+    mauve: bool = False
 
 
 @dataclass(frozen=True)

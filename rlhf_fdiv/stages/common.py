@@ -20,9 +20,19 @@ import transformers
 from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
+from rlhf_fdiv import metrics
 from rlhf_fdiv.config import STAGES, RunConfig, data_needs
 from rlhf_fdiv.config.checks import validate
-from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
+from rlhf_fdiv.data import (
+    COMPLETIONS,
+    PREFERENCES,
+    PROMPTS,
+    RATINGS,
+    Rows,
+    read_rows,
+    reference_texts,
+    tokenize_prompts,
+)
 from rlhf_fdiv.errors import UserError, did_you_mean, one_line
 from rlhf_fdiv.models import context_length, load_tokenizer, require_own_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
@@ -103,6 +113,13 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
             problems.append(f"{source}: every pair has the same text twice; nothing can be learned from it")
         if rows and (fields is PROMPTS or key in whole):
             prompts[source] = rows
+    if "evaluate" in stages:
+        collect(metrics.require_harness, config.evaluate.lm_eval, config.evaluate.mauve)
+        rows = prompts.get(str(config.data.prompts_eval))
+        if config.evaluate.mauve and rows and not collect(reference_texts, rows, config.data.sft_eval, 1):
+            problems.append(
+                f"evaluate.mauve: needs `references` in every row of {config.data.prompts_eval}, or data.sft_eval"
+            )
     if "policy" in stages or "evaluate" in stages:
         for spec in config.scorers.values():
             if isinstance(spec, NgramRidge):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,41 @@ from torch import Tensor
 
 from rlhf_fdiv import divergences, metrics, targets
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.data import COMPLETIONS, PROMPTS, Rows, extra_columns, read_rows, tokenize_prompts
+from rlhf_fdiv.data import (
+    COMPLETIONS,
+    PROMPTS,
+    Rows,
+    extra_columns,
+    have_references,
+    read_rows,
+    reference_texts,
+    tokenize_prompts,
+)
 from rlhf_fdiv.divergences import clustered_error
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
 from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.report import write_report
+from rlhf_fdiv.reward_models import completion_states
 from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
 from rlhf_fdiv.stages.common import process_state, resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.tracking import RunFolder, write_atomically
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one model wrote, K completions for each of P prompts, [P × K] each, and their log-probs under both models in nats.
+
+    `kl` is Σ_t KL(π_t‖a_t) of the visited states.
+    """
+
+    drawn: list[Rollout]
+    texts: list[str]
+    scores: dict[str, Tensor]
+    log_pi: Tensor
+    log_a: Tensor
+    kl: Tensor
 
 
 def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
@@ -48,7 +74,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     length = config.training.max_completion_length
     ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - length)
     scorers = Scorers(resolve_scorers(config, folder), device)
-    models = {
+    models: dict[str, Any] = {
         "sft": load_causal_lm(start, config.model).to(device),
         "policy": load_causal_lm(str(trained / "model"), config.model).to(device),
     }
@@ -57,58 +83,49 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     # the same prompts and random streams for both
     k, groups = options.num_generations, torch.arange(len(rows)).repeat_interleave(options.num_generations)
     noise = uniforms(config.seed + 1, 0, len(rows) * k, length)
-    texts: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, Tensor]] = {}
-    logs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    report: dict[str, Any] = {}
     repeated = [row for row in rows for _ in range(k)]
-    prompts, columns = [r["prompt"] for r in repeated], extra_columns(repeated)
+    prompts, columns = [row["prompt"] for row in repeated], extra_columns(repeated)
+    samples: dict[str, Samples] = {}
+    report: dict[str, Any] = {"beta": config.beta, "paired": {}}
     for name, lm in models.items():
         drawn = draw(lm, tokenizer, ids, k, noise, options.batch_size)
-        texts[name] = [t for d in drawn for t in d.texts(tokenizer)]
-        scores[name] = scorers(scorers.names, **columns | {"prompts": prompts, "completions": texts[name]})
+        texts = [t for d in drawn for t in d.texts(tokenizer)]
+        scores = scorers(scorers.names, **columns | {"prompts": prompts, "completions": texts})
         parts = [metrics.score_both(models["policy"], models["sft"], d.sequences, options.batch_size) for d in drawn]
         log_pi, log_a, kl = (torch.cat(x) for x in zip(*parts, strict=True))
         if name == "policy":  # of the softmax that was sampled: in bfloat16 a fresh forward would put k1 too low
             log_pi = torch.cat([d.log_probs.double().sum(-1).cpu() for d in drawn])
-        logs[name] = log_pi, log_a, kl
-        report[name] = describe(texts[name], scores[name], drawn, repeated, config, groups)
-        report[name] |= held_out_perplexity(config, lm, tokenizer)
+        samples[name] = Samples(drawn, texts, scores, log_pi, log_a, kl)
+        report[name] = describe(samples[name], repeated, config, groups) | held_out_perplexity(config, lm, tokenizer)
 
     # divergences and the objective
-    log_pi, log_a, kl = logs["policy"]
-    fs = [divergences.get(spec) for spec in options.divergences]
-    report["divergence_to_reference"] = metrics.measure_all(fs, log_pi, log_a, groups)
-    report["policy"] |= {"kl_reference": float(kl.mean()), "kl_reference_se": clustered_error(kl, groups)}
+    policy, fs = samples["policy"], [divergences.get(spec) for spec in options.divergences]
+    report["divergence_to_reference"] = metrics.measure_all(fs, policy.log_pi, policy.log_a, groups)
+    report["policy"] |= {"kl_reference": float(policy.kl.mean()), "kl_reference_se": clustered_error(policy.kl, groups)}
     report["sft"] |= {"kl_reference": 0.0, "kl_reference_se": 0.0}
-    report["beta"], report["paired"] = config.beta, {}
     if config.objective.stage == "distil":
         teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device)
-        log_q = torch.cat([metrics.score(teacher, d.sequences, options.batch_size) for d in drawn])
-        report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_q, groups)
+        log_q = torch.cat([metrics.score(teacher, d.sequences, options.batch_size) for d in policy.drawn])
+        report["divergence_to_target"] = metrics.measure_all(fs, policy.log_pi, log_q, groups)
     elif target is not None:
-        potential = {name: target.potential(scores[name]).double().cpu() for name in models}
-        log_z = log_partition(logs, potential, k)
-        log_p = log_target(log_a, potential["policy"], log_z.log_z.repeat_interleave(k))
-        report["divergence_to_target"] = metrics.measure_all(fs, log_pi, log_p, groups, log_z.bias)
-        report["log_z"] = {"mean": float(log_z.log_z.mean()), "ess": log_z.ess, "samples": 2 * k, "bias": log_z.bias}
-        for name in models:
-            report[name]["objective"] = config.beta * (float(potential[name].mean()) - report[name]["kl_reference"])
-        gain = config.beta * (potential["policy"] - potential["sft"] - kl)
-        report["paired"] |= {"objective_gain": float(gain.mean()), "objective_gain_se": clustered_error(gain, groups)}
+        against_target(report, samples, target, config, groups)
     for name in scorers.names:
         report["paired"][f"{name}_gain"], report["paired"][f"{name}_gain_se"] = metrics.paired_difference(
-            scores["policy"][name].cpu(), scores["sft"][name].cpu(), groups
+            policy.scores[name].cpu(), samples["sft"].scores[name].cpu(), groups
         )
-
     if options.exact and target is not None:
         report["exact"] = enumerate_language(config, models, tokenizer, ids, rows, scorers, target)
+    if options.mauve:
+        add_mauve(report, samples, models["sft"], tokenizer, repeated, config)
+    if options.lm_eval:
+        how = (options.lm_eval, options.lm_eval_limit, options.batch_size, config.seed)
+        report["lm_eval"] = {name: metrics.lm_eval(lm, tokenizer, *how) for name, lm in models.items()}
 
     # write
     table = pd.DataFrame({"prompt": prompts})
-    for name in models:
-        table[name] = texts[name]
-        for scorer, values in scores[name].items():
+    for name, x in samples.items():
+        table[name] = x.texts
+        for scorer, values in x.scores.items():
             table[f"{name}_{scorer}"] = values.cpu().tolist()
     table.to_parquet(out / "samples.parquet")
     write_atomically(out / "metrics.json", json.dumps(finite(report), indent=2, ensure_ascii=False))
@@ -124,6 +141,50 @@ def draw(lm: Any, tokenizer: Any, ids: list[list[int]], k: int, noise: Tensor, b
         prompts = list(range(i, i + len(part)))
         batches.append(Rollout(*sample(lm, tokenizer, part, k, noise[i * k : (i + len(part)) * k]), prompts))
     return batches
+
+
+def against_target(
+    report: dict[str, Any], samples: dict[str, Samples], target: Any, config: RunConfig, groups: Tensor
+) -> None:
+    """Adds the policy's divergence to the target, both models' objective, and what inference alone buys for this target."""
+    k, policy = config.evaluate.num_generations, samples["policy"]
+    potential = {name: target.potential(x.scores).double().cpu() for name, x in samples.items()}
+
+    def both(*parts: Tensor) -> Tensor:
+        """The reference's and the policy's samples of each prompt together, [P, 2K]."""
+        return torch.cat([x.double().cpu().view(-1, k) for x in parts], 1)
+
+    log_pi, log_a = (both(*(getattr(x, key) for x in samples.values())) for key in ("log_pi", "log_a"))
+    tilt = both(*potential.values())
+    log_z = metrics.log_partition_of(log_a + tilt, log_pi, log_a)
+    log_p = log_target(policy.log_a, potential["policy"], log_z.log_z.repeat_interleave(k))
+    fs = [divergences.get(spec) for spec in config.evaluate.divergences]
+    report["divergence_to_target"] = metrics.measure_all(fs, policy.log_pi, log_p, groups, log_z.bias)
+    report["log_z"] = {"mean": float(log_z.log_z.mean()), "ess": log_z.ess, "samples": 2 * k, "bias": log_z.bias}
+    for name in samples:
+        report[name]["objective"] = config.beta * (float(potential[name].mean()) - report[name]["kl_reference"])
+    gain = config.beta * (potential["policy"] - potential["sft"] - policy.kl)
+    report["paired"] |= {"objective_gain": float(gain.mean()), "objective_gain_se": clustered_error(gain, groups)}
+    scores = {name: both(*(x.scores[name] for x in samples.values())) for name in policy.scores}
+    log_weights = log_a - torch.logaddexp(log_a, log_pi) + math.log(2)  # of samples of (a + π)/2
+    report["inference"] = metrics.inference_baselines(log_weights, tilt, scores, k, config.beta)
+
+
+def add_mauve(
+    report: dict[str, Any], samples: dict[str, Samples], reference: Any, tokenizer: Any, rows: Rows, config: RunConfig
+) -> None:
+    """Adds the MAUVE of both models' samples to held-out texts, by the reference's last hidden states."""
+    known = reference_texts(rows[:: config.evaluate.num_generations], config.data.sft_eval, len(rows))
+    size, length = config.evaluate.batch_size, config.training.max_completion_length
+
+    def states(prompts: list[str], texts: list[str]) -> Tensor:
+        return completion_states(reference.base_model, tokenizer, [-1], prompts, texts, size, length)
+
+    features = states([row["prompt"] for row in known], [row["completion"] for row in known])
+    prompts = [row["prompt"] for row in rows]
+    for name, x in samples.items():
+        report[name]["mauve"] = metrics.mauve(features, states(prompts, x.texts), config.seed)
+    report["mauve_texts"] = min(len(known), len(rows))
 
 
 def enumerate_language(
@@ -157,19 +218,18 @@ def enumerate_language(
     return report
 
 
-def describe(
-    texts: list[str], scores: dict[str, Tensor], drawn: list[Rollout], rows: Rows, config: RunConfig, groups: Tensor
-) -> dict[str, Any]:
+def describe(samples: Samples, rows: Rows, config: RunConfig, groups: Tensor) -> dict[str, Any]:
     """The figures of one model's samples alone."""
     figures: dict[str, Any] = {}
-    for name, values in scores.items():
+    for name, values in samples.scores.items():
         figures[name], figures[f"{name}_se"] = float(values.mean()), clustered_error(values.cpu(), groups)
+    texts, drawn = samples.texts, samples.drawn
     tokens = sum(float(d.sequences.mask.sum()) for d in drawn)
     figures["entropy"] = sum(float(d.entropy.sum()) for d in drawn) / tokens
     figures["length"] = tokens / len(texts)
     figures |= {f"distinct_{n}": metrics.distinct_n(texts, n) for n in (1, 2, 3)}
     figures["self_bleu"] = metrics.self_bleu(texts)
-    if all(isinstance(row.get("references"), list) and row["references"] for row in rows):
+    if have_references(rows):
         figures |= metrics.likeness(texts, [row["references"] for row in rows])
     return figures
 
@@ -179,15 +239,6 @@ def held_out_perplexity(config: RunConfig, lm: Any, tokenizer: Any) -> dict[str,
         return {}
     rows = read_rows(config.data.sft_eval, COMPLETIONS, config.evaluate.perplexity_rows)
     return metrics.perplexity(lm, tokenizer, rows, config.evaluate.batch_size)
-
-
-def log_partition(
-    logs: dict[str, tuple[Tensor, Tensor, Tensor]], potential: dict[str, Tensor], k: int
-) -> metrics.Measured:
-    """log Ẑ(x) from the reference's and the policy's samples of each prompt together."""
-    both = [torch.cat([logs[n][i].view(-1, k) for n in ("sft", "policy")], 1) for i in (0, 1)]
-    tilt = torch.cat([potential[n].view(-1, k) for n in ("sft", "policy")], 1)
-    return metrics.log_partition_of(both[1] + tilt, both[0], both[1])
 
 
 def solved_target(config: RunConfig, trained: Path) -> Any:
@@ -206,6 +257,8 @@ def finite(value: Any) -> Any:
     """JSON has neither nan nor inf: both become null."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
