@@ -271,14 +271,18 @@ class Reference:
         return self
 
 
+def merged(lm: Any) -> Any:
+    """An ordinary model: itself, or a copy with its adapter merged."""
+    return copy.deepcopy(lm).merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
+
+
 def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     """`folder/model` is an ordinary model (adapters merged), `folder/adapter` the adapter alone where there is one."""
     lm: Any = policy.lm
     if hasattr(lm, "merge_and_unload"):
         lm.save_pretrained(folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
-        lm = copy.deepcopy(lm).merge_and_unload()
-    lm.save_pretrained(folder / "model")
+    merged(lm).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     if policy.value_head is not None:
         from safetensors.torch import save_file

@@ -1,4 +1,5 @@
-"""Completions from a policy: an own decode loop (the default) or Hugging Face `generate`, one config key apart.
+"""Completions from a policy: an own decode loop (the default) or Hugging Face `generate`, one config key apart. For those
+of a vLLM server see stages/policy_server.py.
 
 Always at temperature 1 over the full vocabulary, so that log-probs are those of the distribution that was sampled.
 """
@@ -31,7 +32,7 @@ class Rollout:
     entropy: Tensor  # [B, T], of the same softmax, in nats
     prompts: list[int]  # [P], row numbers of the prompt data
     own: Tensor | None = None  # [B], which completions the policy itself drew; None for all
-    log_mixture: Tensor | None = None  # [B], log μ(y|x) where some are not its own
+    log_mixture: Tensor | None = None  # [B], log μ(y|x) where that is not π
 
     @property
     def drawn(self) -> Tensor:
@@ -40,7 +41,7 @@ class Rollout:
 
     @property
     def log_mu(self) -> Tensor:
-        """The log-prob of a completion under what sampled it, [B]: the policy itself, or a mixture."""
+        """The log-prob of a completion under what sampled it, [B]: the policy itself, a mixture, or a server."""
         return sequence_sum(self.log_probs, self.sequences.mask) if self.log_mixture is None else self.log_mixture
 
     def weights(self, cap: float) -> Tensor | None:
@@ -53,8 +54,11 @@ class Rollout:
         """The same completions as samples of μ = (1 − share)·π + share·a; log π and log a by token, [B, T].
 
         Weighted by the mixture that might have drawn them, not by the part that did (the balance heuristic of Veach and
-        Guibas 1995): π/μ is at most 1/(1 − share), and p/μ stays bounded wherever p/a is.
+        Guibas 1995): π/μ is at most 1/(1 − share), and p/μ stays bounded wherever p/a is. With a share of 0, μ is what the
+        engine said of them.
         """
+        if not reference_share:
+            return replace(self, log_probs=log_pi, log_mixture=self.log_mu)
         by_text = [sequence_sum(x, self.sequences.mask) for x in (log_pi, log_a)]
         shares = math.log1p(-reference_share), math.log(reference_share)
         log_mixture = torch.logaddexp(by_text[0] + shares[0], by_text[1] + shares[1])

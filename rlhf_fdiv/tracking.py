@@ -25,7 +25,7 @@ from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError, one_line
 
-_FREE_KEYS = ("stages", "resume", "report_to", "output_dir")  # may change between two calls of one run
+_FREE_KEYS = ("stages", "resume", "report_to", "output_dir", "policy.vllm")  # may change between two calls of one run
 MADE_FROM = {  # the keys that what a stage makes depends on
     "sft": ("model.name_or_path", "model.dtype", "data.sft_train", "sft", "seed"),
     "reward": ("model.name_or_path", "model.dtype", "data.preferences_train", "reward", "seed"),
@@ -38,7 +38,7 @@ MADE_FROM = {  # the keys that what a stage makes depends on
 def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any], but_for: str = "") -> str:
     """Where two configs differ in what a stage is made from, in words."""
     keys = [key for key in MADE_FROM.get(stage, ()) if key != but_for]
-    return "; ".join(line for line in differences(old, new) if touches(line.partition(":")[0], keys))
+    return "; ".join(line for line in differences(old, new, _FREE_KEYS) if touches(line.partition(":")[0], keys))
 
 
 def _made_with(folder: Path) -> dict[str, Any]:

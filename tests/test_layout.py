@@ -63,6 +63,7 @@ INSIDE = {
         "training",
         "policy_log",
         "policy_update",
+        "policy_server",
         "sft",
         "reward",
         "policy",

@@ -198,6 +198,10 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
             yield f"policy.num_generations: {name} needs at least {least} completions a prompt, not {count}"
         if policy.num_prompts * count < 2:
             yield "policy.num_generations: a step needs at least 2 completions in all; raise this or num_prompts"
+        if (policy.engine == "vllm") != (policy.vllm is not None):
+            yield "policy.vllm: is what policy.engine=vllm needs, {url: http://HOST:PORT}, and no other engine takes"
+        if policy.engine == "vllm" and policy.reference_share:
+            yield "policy.reference_share: what the reference drew has no density under the engine vllm; set it to 0"
         if policy.per_device_train_batch_size % count:
             yield "policy.per_device_train_batch_size: must be a multiple of policy.num_generations"
 
@@ -238,7 +242,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...
         if key in ignore or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
-            lines += [f"{key}.{line}" for line in differences(a, b)]
+            inside = tuple(x.removeprefix(f"{key}.") for x in ignore)
+            lines += [f"{key}.{line}" for line in differences(a, b, inside)]
         else:
             lines.append(f"{key}: {a!r} → {b!r}")
     return lines

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le, MinLen
+from pydantic import Field
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.model_options import ModelOptions
@@ -84,18 +85,29 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
+class VllmOptions:
+    """A server that `vllm serve` runs in development mode. The weights reach it through `folder`, which it must see under
+    the same path, by default the stage's own; an answer may take `timeout` seconds."""
+
+    url: Annotated[str, Field(pattern="^https?://")]
+    folder: Annotated[str, MinLen(1)] | None = None
+    timeout: Positive = 600.0
+
+
+@dataclass(frozen=True)
 class PolicyOptions(TrainingOptions):
     """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
     optimiser step of them (ppo and grpo: one an epoch and minibatch). With `reference_share` > 0 that share is sampled from
     the reference, with `replay_steps` each update also goes over the completions of that many steps before; every completion
-    then carries its importance weight π/μ, at most `max_importance_weight`. Scores of `logged_scorers` are recorded beside
-    those that the target is made of, and train nothing. With `logprob_chunk` the update holds the logits of that many tokens
-    at a time: slower, for large vocabularies that would not fit."""
+    then, and with the engine `vllm`, carries its importance weight π/μ, at most `max_importance_weight`. Scores of
+    `logged_scorers` are recorded beside those that the target is made of, and train nothing. With `logprob_chunk` the update
+    holds the logits of that many tokens at a time: slower, for large vocabularies that would not fit."""
 
     num_prompts: Count = 8
     num_generations: Count = 8
     max_completion_length: Count = 32
-    engine: Literal["cached", "generate"] = "cached"
+    engine: Literal["cached", "generate", "vllm"] = "cached"
+    vllm: VllmOptions | None = None
     reference_share: BelowOne = 0.0
     max_importance_weight: Positive = 10.0
     replay_steps: CountOrZero = 0

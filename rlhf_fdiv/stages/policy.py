@@ -34,6 +34,7 @@ from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
+from rlhf_fdiv.stages.policy_server import Server
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.targets import DualAscent, LogPartition
@@ -64,14 +65,16 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     training = Training(policy, options, out, accelerator, config.report_to, log_partition=log_partition)
     replay = Replay(options.replay_steps, accelerator)
     reference.to(accelerator.device, training.whole())
+    server = Server(training, tokenizer) if options.engine == "vllm" else None
     scorers = Scorers(specs, accelerator.device)
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
 
     def rollout(
-        step: int | range, prompts: list[int], num_generations: int, lm: torch.nn.Module, reference_share: float = 0.0
+        step: int | range, prompts: list[int], num_generations: int, lm: Any, reference_share: float = 0.0
     ) -> tuple[Rollout, dict[str, Any]]:
-        """This process's share of a step's completions, with their texts; of `lm`, but for `reference_share` of them.
-        A range gives each prompt a step of its own: its noise is then the same whatever prompts it is drawn with."""
+        """This process's share of a step's completions, with their texts; of `lm`, a model or a server, but for
+        `reference_share` of them. A range gives each prompt a step of its own: its noise is then the same whatever prompts
+        it is drawn with."""
         places = training.share(list(range(len(prompts))))
         mine = [prompts[i] for i in places]
 
@@ -87,6 +90,8 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
             each = [x for x in ids for _ in range(num_generations)]
             which = (noise(1, stream=1)[:, 0] < reference_share).long()
             drawn = sample_each([nullcontext(lm), reference.lm()], which, tokenizer, each, draws, options.engine)
+        elif isinstance(lm, Server):
+            which, drawn = None, lm.sample(ids, num_generations, draws)
         else:
             which, drawn = None, sample(lm, tokenizer, ids, num_generations, draws, options.engine)
         batch = Rollout(*drawn, mine, own=None if which is None else which == 0)
@@ -94,13 +99,17 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         texts = {"prompts": [r["prompt"] for r in repeated], "completions": batch.texts(tokenizer)}
         return batch, extra_columns(repeated) | texts
 
+    def sampler() -> Any:
+        """The policy as it is now, here or on the server."""
+        return server.holding(training.whole()) if server else training.whole().lm
+
     target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
     dual = training.state["dual"] = DualAscent(target)
     step = training.restore()
     log = Log(config, training, tokenizer.eos_token_id)
     if step == 0:
         first = row_order(config.seed, 0, options.num_prompts, len(rows))
-        self_check(training.policy, reference, rollout(0, first, 1, training.whole().lm)[0])
+        self_check(training.policy, reference, rollout(0, first, 1, sampler())[0], options.engine)
 
     while step < options.max_steps:
         began = time.perf_counter()
@@ -108,7 +117,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         prompts = row_order(config.seed, step, options.num_prompts, len(rows))
 
         # roll out
-        batch, texts = rollout(step, prompts, options.num_generations, training.whole().lm, options.reference_share)
+        batch, texts = rollout(step, prompts, options.num_generations, sampler(), options.reference_share)
         mask = batch.sequences.mask
 
         # score
@@ -116,8 +125,10 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
             scores = scorers(scored, **texts)
             potential = dual.target.potential(scores).to(accelerator.device)
         log_a = reference.log_probs(batch.sequences, options.per_device_train_batch_size)
-        if options.reference_share:
+        mismatch = {}
+        if options.reference_share or server:
             fresh = in_micro_batches(training.policy, batch.sequences, options.per_device_train_batch_size)
+            mismatch = {"rollout_mismatch": server.mismatch(fresh.log_probs, batch)} if server else {}
             batch = batch.off_policy(fresh.log_probs, log_a, options.reference_share)
 
         # log Z, the same on every process
@@ -134,7 +145,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         figures = update(
             training, estimator, whole.batch, rewards(whole.batch.log_probs), config.seed * 1_000_003 + step, rewards
         )
-        figures["coverage"] = log_partition.coverage
+        figures |= {"coverage": log_partition.coverage, **mismatch}
         drawn = accelerator.gather(batch.drawn)
         figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()}, training.schedule)
 
@@ -219,7 +230,7 @@ def rewards_of(objective: Any, f: Divergence, log_a: Tensor, mask: Tensor, *by_t
 
 
 @torch.no_grad()
-def self_check(policy: Any, reference: Reference, batch: Rollout) -> None:
+def self_check(policy: Any, reference: Reference, batch: Rollout, engine: str = "cached") -> None:
     """Before the first update the policy is its reference: ratio 1 and D(π‖a) = 0, through the real path.
 
     Raises UserError with the likely cause. Rollout and scoring round differently, so their bound depends on the dtype.
@@ -233,11 +244,13 @@ def self_check(policy: Any, reference: Reference, batch: Rollout) -> None:
             "Is dropout on, or is the model itself an unmerged adapter?"
         )
     error = float(((scored - batch.log_probs).abs() * mask).sum() / mask.sum())
-    bound = 0.1 if next(policy.parameters()).dtype == torch.bfloat16 else 1e-3
+    rough = engine == "vllm" or next(policy.parameters()).dtype == torch.bfloat16  # whatever a server computes in
+    bound = 0.1 if rough else 1e-3
     if not error <= bound:
         raise UserError(
             f"self-check: rollout and a fresh forward differ by {error:.3g} nats a token (bound {bound:g}). "
-            "Likely causes: positions under left padding, a truncated sampler, another dtype in the rollout, dropout"
+            "Likely causes: positions under left padding, a truncated sampler, another dtype in the rollout, dropout, "
+            "a server of another model"
         )
 
 
