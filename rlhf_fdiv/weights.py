@@ -19,9 +19,7 @@ def readable(name_or_path: str, problem: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # of transformers, tokenizers, safetensors, peft and the hub: they have no kind in common
+    except Exception as error:  # of transformers, tokenizers, safetensors, peft and the hub: no kind in common
         raise UserError(f"model {name_or_path}: {problem}: {one_line(error)}") from error
 
 
