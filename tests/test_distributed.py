@@ -164,12 +164,12 @@ def cases_of(wrapper):
     return {name: [x.format(stage=CASES[name][0]) for x in FLOAT32] for name in names}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=KINDS)
 def two(request, asked, tmp_path_factory):
     """The wrapper, and what two processes of it were: type, number, backend, and of each case the shares of the weights
     and of what the optimiser steps along that each held."""
     if request.param.startswith("zero") and not importlib.util.find_spec("deepspeed"):
-        pytest.skip("deepspeed is not installed: pip install --no-build-isolation -e '.[deepspeed]'")
+        pytest.skip("deepspeed is not installed: pip install -e '.[deepspeed]'")
     folder = tmp_path_factory.mktemp("launched")
     (folder / "launched.py").write_text(LAUNCHED)
     cases = {n: [*asked[n], f"name={request.param}", *words] for n, words in cases_of(request.param).items()}
@@ -180,7 +180,6 @@ def two(request, asked, tmp_path_factory):
     return request.param, [json.loads(path.read_text()) for path in kinds]
 
 
-@pytest.mark.parametrize("two", KINDS, indirect=True)
 def test_there_were_two_processes_of_the_kind_that_was_asked_for(two):
     wrapper, kinds = two
     assert [kind[:3] for kind in kinds] == [[KINDS[wrapper], 2, "gloo"]] * 2
@@ -194,10 +193,11 @@ def figures(row):
     return {k: float("nan") if v is None else v for k, v in row.items() if k not in ("step", "seconds")}
 
 
-@pytest.mark.parametrize(("two", "name"), [(x, name) for x in KINDS for name in cases_of(x)], indirect=["two"])
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_what_one_gives(asked, two, name):
-    stage = CASES[name][0]
-    words = cases_of(two[0])[name]
+    stage, words = CASES[name][0], cases_of(two[0]).get(name)
+    if words is None:
+        pytest.skip("cases_of says why")
     alone = run(*asked[name], f"name=one{len(words)}", *words)
     out = [alone.path / stage, Path(asked[name][0]).parent / two[0] / stage]
     exact = not words and "float32" not in name
@@ -217,7 +217,7 @@ def test_two_processes_give_what_one_gives(asked, two, name):
         assert states[0]["log_partition"]["prompts"] == states[1]["log_partition"]["prompts"]
         for kept in zip(*(state["log_partition"]["kept"] for state in states), strict=True):
             flat = [[float(x) for x in torch.tensor(one).flatten()] for one in kept]
-            assert flat[1] == pytest.approx(flat[0], rel=1e-9 if exact else 1e-5)
+            assert flat[1] == pytest.approx(flat[0], rel=1e-9 if exact else 1e-5, abs=1e-12 if exact else 1e-5)
     models = [weights(folder / "model") for folder in out]
     for key, alone in models[0].items():
         apart = float((models[1][key] - alone).double().norm())

@@ -165,6 +165,9 @@ def test_the_launch_configs_say_what_their_names_do(path):
     assert (args.use_fsdp, env.get("FSDP_VERSION")) == ((True, "2") if sharded else (False, None))
     assert env.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "false"
     assert env["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert args.use_deepspeed == path.stem.startswith("zero")
+    if args.use_deepspeed:
+        assert (str(args.zero_stage), args.zero3_init_flag or False) == (path.stem[-1], False)
 
 
 def test_the_shell_scripts_pass_their_linter():

@@ -6,6 +6,7 @@ import pickle
 import re
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from tiny import problems, run, write_config
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import rlhf_fdiv
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.models import load_causal_lm
+from rlhf_fdiv.stages.saving import no_code
 
 
 class Bomb:
@@ -53,6 +55,14 @@ def test_a_checkpoint_whose_pickles_were_exchanged_is_named_and_they_are_not_ope
                 torch.save(Bomb(tmp_path / "exploded"), out)
     (message,) = problems(run, path)
     assert "none of its checkpoints can be read" in message
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_deepspeeds_checkpoints_are_opened_without_their_code(tmp_path):
+    engine = pytest.importorskip("deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine").TorchCheckpointEngine()
+    torch.save(Bomb(tmp_path / "exploded"), tmp_path / "bomb.pt")
+    with no_code(), pytest.raises(pickle.UnpicklingError):
+        engine.load(str(tmp_path / "bomb.pt"))
     assert not (tmp_path / "exploded").exists()
 
 

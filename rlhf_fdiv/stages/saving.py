@@ -98,7 +98,7 @@ class Checkpoints:
     def _load(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            with _no_code():
+            with no_code():
                 self.accelerator.load_state(str(checkpoint), load_module_strict=False)
         else:
             self.accelerator.load_state(str(checkpoint), strict=False)
@@ -118,7 +118,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _no_code() -> Iterator[None]:
+def no_code() -> Iterator[None]:
     """DeepSpeed would run whatever code its pickles hold; within this they hold tensors and these classes, or fail."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
