@@ -24,7 +24,7 @@ FLOAT32 = ("model.dtype=float32", "{stage}.optim=sgd", "{stage}.learning_rate=0.
 MOMENTS = "{name: moments, moments: {praise: 0.5}, num_prompts: 12, num_generations: 8, dual_learning_rate: 0.3}"
 CASES = {
     "rloo": ("policy", LORA),
-    "all weights": ("policy", FULL, "divergence=js", "policy.warm_start_generations=4"),
+    "all weights": ("policy", FULL, "divergence=js", "policy.warm_start_generations=4", "policy.max_grad_norm=0.5"),
     "gdc": ("policy", FULL, "divergence=forward_kl", "estimator=reinforce", "policy.reference_share=0.5"),
     "scored anew": ("policy", FULL, "divergence=js", "estimator={name: rloo, num_epochs: 2}"),
     "interrupted": ("policy", FULL, "policy.save_steps=2"),  # by 2 processes; see below
