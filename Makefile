@@ -19,6 +19,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[deepspeed]'
 	$(BIN)/python -m pytest -m slow
 
 lint: setup

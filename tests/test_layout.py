@@ -167,6 +167,11 @@ def test_the_launch_configs_say_what_their_names_do(path):
     assert (args.use_fsdp, env.get("FSDP_VERSION")) == ((True, "2") if sharded else (False, None))
     assert env.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "false"
     assert env["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert args.use_deepspeed == path.stem.startswith("zero")
+    if args.use_deepspeed:
+        assert str(args.zero_stage) == path.stem[-1]
+        flags = (args.zero3_init_flag, args.zero3_save_16bit_model)
+        assert flags == ((False, True) if args.zero_stage == 3 else (None, None))
 
 
 def test_the_shell_scripts_pass_their_linter():

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import rlhf_fdiv
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.models import load_causal_lm
+from rlhf_fdiv.stages.saving import no_code
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +59,14 @@ def test_a_checkpoint_whose_pickles_were_exchanged_is_named_and_they_are_not_ope
                 torch.save(Bomb(tmp_path / "exploded"), out)
     (message,) = problems(run, path)
     assert "none of its checkpoints can be read" in message
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_deepspeeds_checkpoints_are_opened_without_their_code(tmp_path):
+    engine = pytest.importorskip("deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine").TorchCheckpointEngine()
+    torch.save(Bomb(tmp_path / "exploded"), tmp_path / "bomb.pt")
+    with no_code(), pytest.raises(pickle.UnpicklingError):
+        engine.load(str(tmp_path / "bomb.pt"))
     assert not (tmp_path / "exploded").exists()
 
 

@@ -23,7 +23,7 @@ adapter off where the SFT model was an adapter      self-check: test_an_unmerged
 resume re-anchors, or drops any state               test_a_resume_that_drops_something_ends_elsewhere, …_lambdas_…
 length-normalised log-probs                         test_a_length_normalised_log_prob_is_another_objective
 no self-check                                       test_a_sound_model_passes_the_self_check, test_a_reference_that_moved_…
-ZeRO-3 and FSDP generation                          not here
+ZeRO-3 and FSDP generation                          test_two_processes_give_what_one_gives (a whole copy samples)
 """
 
 import contextlib

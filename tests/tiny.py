@@ -170,7 +170,7 @@ def two_processes(*args: str) -> str:
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         try:
-            return process.communicate(timeout=200)[0]
+            return process.communicate(timeout=400)[0]
         except subprocess.TimeoutExpired:
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:  # in sessions of their own
                 child.kill()

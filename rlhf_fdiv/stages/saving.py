@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 
 from rlhf_fdiv.checkpoints import (
     STATE,
@@ -49,7 +52,8 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        if problem := self._together(self.accelerator.save_state, str(part)) or self._together(self._seal, part, step):
+        save = functools.partial(self.accelerator.save_state, str(part), exclude_frozen_parameters=True)  # DeepSpeed's
+        if problem := self._together(save) or self._together(self._seal, part, step):
             raise UserError(f"step {step}: the checkpoint cannot be written: {problem}. {what_is_kept(self.out)}")
         if self.accelerator.is_main_process:
             whole = self.out / f"checkpoint-{step}"
@@ -89,7 +93,11 @@ class Checkpoints:
 
     def _load(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        self.accelerator.load_state(str(checkpoint), strict=False)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            with no_code():
+                self.accelerator.load_state(str(checkpoint), load_module_strict=False)
+        else:
+            self.accelerator.load_state(str(checkpoint), strict=False)
         for name, x in self.state.items():
             x.load_state_dict(state[name])
 
@@ -103,3 +111,18 @@ class Checkpoints:
         except Exception as error:  # of the file system, safetensors, torch or JSON
             problem = f"{type(error).__name__}: {error}"
         return next(filter(None, gather_object([problem])), "")
+
+
+@contextlib.contextmanager
+def no_code() -> Iterator[None]:
+    """DeepSpeed would run whatever code its pickles hold; within this they hold tensors and these classes, or fail."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]

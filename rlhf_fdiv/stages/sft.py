@@ -16,6 +16,7 @@ from rlhf_fdiv import divergences
 from rlhf_fdiv.checkpoints import newest_checkpoint, step_of
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import COMPLETIONS, read_rows
+from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
 from rlhf_fdiv.objectives import next_token_divergence
 from rlhf_fdiv.stages.common import require_rows, run_stage, trainer_arguments, training_by_trl
@@ -73,6 +74,11 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     with training_by_trl("sft", options):
         trainer = DivergenceSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)  # type: ignore[arg-type]
     require_rows(trainer, source, "sft")
+    zero = trainer.accelerator.deepspeed_plugin
+    if zero and zero.zero_stage == 3 and not zero.zero3_save_16bit_model:
+        raise UserError(
+            "launch: sft under ZeRO-3 needs zero3_save_16bit_model: true in the config of accelerate; it would leave shards"
+        )
     trainer.divergence = divergences.get(options.divergence)
     checkpoint = newest_checkpoint(out)
     metrics = Metrics(out, config.report_to, step_of(checkpoint) if checkpoint else 0)

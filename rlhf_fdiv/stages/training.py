@@ -30,8 +30,10 @@ from rlhf_fdiv.tracking import Metrics, write_table
 def launch(key: str, count: int) -> Accelerator:
     """The Accelerator of this process. Raises UserError where a step's `count` rows cannot be shared out evenly."""
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(f"launch: {accelerator.distributed_type.value} is not supported; FSDP2 shards as ZeRO-3 does")
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        raise UserError("launch: MEGATRON_LM is not supported; take DDP, FSDP2 or DeepSpeed")
+    if zero := accelerator.deepspeed_plugin:
+        zero.dschf = None  # with it transformers would shard whatever it loads, the reference and the copy among them
     if accelerator.distributed_type == DistributedType.FSDP:
         if accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise UserError("launch: FSDP needs fsdp_version: 2 in the config of accelerate")
@@ -57,6 +59,35 @@ def row_order(seed: int, step: int, count: int, total: int) -> list[int]:
     return rows
 
 
+def configure_zero(zero: Any, policy: Policy, options: TrainingOptions) -> None:
+    """Tells DeepSpeed what it does itself within `backward`. Raises UserError where its step would be another."""
+    dtypes = {p.dtype for p in policy.parameters() if p.requires_grad}
+    if len(dtypes) > 1 or torch.float64 in dtypes:  # it flattens them into one tensor, and steps in float32
+        raise UserError(
+            f"model.dtype: DeepSpeed trains all weights in float32 or all in bfloat16, and these are in {dtypes} (a value "
+            "head is never in bfloat16). Set float32 or model.lora, or launch DDP"
+        )
+    if policy.logprob_chunk and zero.zero_stage == 3:  # which gathers the head anew for each
+        raise UserError("logprob_chunk: ZeRO-3 needs as many chunks on every process; set 0, or launch ZeRO-2 or FSDP2")
+    zero.deepspeed_config |= {
+        "gradient_clipping": options.max_grad_norm,
+        "train_micro_batch_size_per_gpu": 1,  # is asked for, and used for its counts alone
+        "zero_force_ds_cpu_optimizer": False,  # `optim` is the optimiser, with an offload too
+    }
+
+
+@contextlib.contextmanager
+def gathered(weight: Tensor) -> Iterator[Tensor]:
+    """All of a weight that FSDP2 or ZeRO-3 has sharded; asked by all processes together."""
+    if isinstance(weight, DTensor):
+        yield weight.full_tensor()
+    else:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(weight):
+            yield weight
+
+
 class Training:
     """`policy` is the wrapped module that a loss must go through; `state` names what else a checkpoint holds, log Z
     among it: objects with `state_dict` and `load_state_dict`."""
@@ -79,11 +110,16 @@ class Training:
         else:
             optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
         scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, options.max_steps)
-        # FSDP shards the policy in place; what samples and what is saved needs all of it, so a copy follows it
-        sharded = accelerator.distributed_type == DistributedType.FSDP
+        # FSDP2 and ZeRO-3 shard the policy in place; what samples and what is saved needs all of it: a copy follows it
+        zero = accelerator.deepspeed_plugin
+        sharded = accelerator.distributed_type == DistributedType.FSDP or (zero is not None and zero.zero_stage == 3)
         policy.share_prompts = not sharded
         self._copy = copy.deepcopy(policy) if sharded else None
+        if zero:
+            configure_zero(zero, policy, options)
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        if zero:
+            self.optimizer.optimizer.check_grad_overflow = True  # or ZeRO-1 and 2 step along nan in bfloat16
         self.state = {"scheduler": scheduler, **state}
         self._checkpoints = Checkpoints(out, accelerator, self.policy, self.state)
         self.at_step, self.batch = 0, dict[str, list[Any]]()
@@ -103,20 +139,20 @@ class Training:
         rows = rows if lengths is None else rows[lengths[rows].argsort(stable=True)]
         micro_batches = rows.split(self.options.per_device_train_batch_size)
         for micro in micro_batches:
-            last = micro is micro_batches[-1]
+            last = self.accelerator.sync_gradients = micro is micro_batches[-1]  # DeepSpeed's backward steps then
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy), self._enough_memory():
                 loss = loss_of(micro).sum() / len(rows)
                 self.require_finite(loss, "loss")
                 self.accelerator.backward(loss)
             total += float(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.options.max_grad_norm or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.require_finite(norm, "gradient norm")  # type: ignore[arg-type]
+        norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.require_finite(norm, "gradient norm")
         with self._enough_memory():  # the first step makes the optimiser's state
             self.optimizer.step()
         self.optimizer.zero_grad()
         mean = self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "mean")  # of all processes
-        return float(mean), float(norm)  # type: ignore[arg-type]
+        return float(mean), float(norm)
 
     def whole(self) -> Policy:
         """The policy with all its weights on this process, to sample from and to save; asked by all processes together."""
@@ -129,8 +165,9 @@ class Training:
                 module.reshard()  # some keep their weights gathered after a forward
         with torch.no_grad():
             for mine, shards in zip(self._copy.parameters(), policy.parameters(), strict=True):
-                if isinstance(shards, DTensor) and shards.requires_grad:
-                    mine.copy_(shards.full_tensor())
+                if shards.requires_grad:
+                    with gathered(shards) as theirs:
+                        mine.copy_(theirs)
         return self._copy
 
     def gather(self, x: Any) -> Any:
