@@ -4,6 +4,7 @@ By a server of the tests' own (vllm_server.py), since vLLM is not installed here
 """
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -130,7 +131,7 @@ def test_after_a_sync_the_servers_log_probs_are_the_policys(toy_server, lora, tm
 def test_weights_make_what_another_model_drew_a_sample_of_the_policy(toy_server):
     """E[log π], by samples of a server that is sharper than the policy."""
     lm, served, client = toy_server
-    served.sharper, k, policy = 1.15, 2000, Policy(lm)
+    served.sharper, k, policy = 1.25, 3000, Policy(lm)
     batch = Rollout(*draw(client, k), [*range(P)])
     with torch.no_grad():
         log_pi, exact = policy(batch.sequences).log_probs, -torch.special.entr(exact_log_probs(policy).exp()).sum(1)
@@ -139,7 +140,7 @@ def test_weights_make_what_another_model_drew_a_sample_of_the_policy(toy_server)
     weighted, plain = ((x * sequence_sum(log_pi, batch.sequences.mask)).view(P, k) for x in (w, torch.ones_like(w)))
     off = [((x.mean(1) - exact) / x.std(1) * k**0.5).abs().max() for x in (weighted, plain)]
     assert off[0] < 4
-    assert off[1] > 8, "without them the samples are of something else"
+    assert off[1] > 6, "without them the samples are of something else"
     gap = ((log_pi - batch.log_probs).abs() * batch.sequences.mask).sum() / batch.sequences.mask.sum()
     assert client.mismatch(log_pi, batch) == pytest.approx(float(gap), rel=1e-6)
     assert 0.01 < float(gap) < 0.3
@@ -168,9 +169,10 @@ def policy(config):
     return lambda *overrides: run(config, *overrides).path / "policy"
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_weights_are_one(policy, server):
     out = policy(
-        "policy.max_steps=30", "policy.learning_rate=3e-3", "policy.num_prompts=12", "policy.num_generations=8"
+        "policy.max_steps=20", "policy.learning_rate=4e-3", "policy.num_prompts=12", "policy.num_generations=8"
     )
     rows = jsonl(out / "metrics.jsonl")
     means = [sum(row["objective"] for row in part) / 5 for part in (rows[:5], rows[-5:])]
@@ -178,10 +180,11 @@ def test_a_run_learns_and_its_weights_are_one(policy, server):
     assert all(row["rollout_mismatch"] <= 1e-5 and row["clipped_importance"] == 0 for row in rows)
     assert all(row["ess_importance"] == pytest.approx(96, abs=0.01) for row in rows)
     synced = [body["kwargs"]["weights_path"] for path, body in server.asked if path == "/collective_rpc"]
-    assert len(synced) == len({*synced}) == 31, "before each rollout, that of the self-check included"
+    assert len(synced) == len({*synced}) == 21, "before each rollout, that of the self-check included"
     assert not [*out.glob(".vllm*")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [[], ["model.lora={r: 2}"], ["policy.replay_steps=1"],
                                   ["estimator={name: ppo, num_epochs: 2, num_minibatches: 2}", "objective=regularise"],
                                   ["policy.warm_start_generations=4", "divergence=js"]],
@@ -255,7 +258,7 @@ FAULTS = {
     "null": ("/v1/completions", lambda answer: None, "as vLLM 0.32 does"),
     "half an answer": ("/v1/completions", lambda answer: b'{"choices": [', "as vLLM 0.32 does"),
     "busy": ("/reset_prefix_cache", lambda answer: {"success": False}, "at work for others"),
-    "hung": ("/v1/completions", lambda answer: time.sleep(3) or answer, r"does not answer within 1 s \(policy.vllm"),
+    "hung": ("/v1/completions", lambda answer: time.sleep(3) or answer, r"does not answer: timed out \(policy.vllm.timeout is 1 s"),
 }  # fmt: skip
 
 
@@ -265,7 +268,7 @@ def test_each_fault_of_a_server_is_one_clear_message(policy, server, case):
     server.faults[path] = fault
     began = time.monotonic()
     found = problem(policy, "policy.vllm.timeout=1")
-    assert pytest.importorskip("re").search(message, found)
+    assert re.search(message, found)
     assert f"{server.url}" in found
     assert "starts anew: there is no checkpoint yet" in found
     assert time.monotonic() - began < 10
@@ -273,20 +276,21 @@ def test_each_fault_of_a_server_is_one_clear_message(policy, server, case):
 
 def test_no_server_at_all(policy, server):
     server.stop()
-    assert "does not answer within 20 s (policy.vllm.timeout): " in problem(policy)
+    assert "does not answer: [Errno 111] Connection refused" in problem(policy)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_midway_names_the_checkpoint_from_which_another_goes_on(policy, server, serve, start):
-    whole = policy("name=whole", "policy.max_steps=6")
+    whole = policy("name=whole")
     server.asked.clear()
 
     def die(answer):
-        return answer if sum(path == "/collective_rpc" for path, _ in server.asked) < 6 else b""
+        return answer if sum(path == "/collective_rpc" for path, _ in server.asked) < 5 else b""
 
     server.faults["/v1/completions"] = die
-    found = problem(policy, "name=broken", "policy.max_steps=6")
-    assert "broken/policy/checkpoint-4, which is intact" in found
-    out = policy("name=broken", "policy.max_steps=6", f"policy.vllm.url={serve(start).url}")
+    found = problem(policy, "name=broken")
+    assert "broken/policy/checkpoint-2, which is intact" in found
+    out = policy("name=broken", f"policy.vllm.url={serve(start).url}")
     assert same(weights(whole / "model"), weights(out / "model"))
 
 
@@ -327,7 +331,7 @@ def test_a_folder_that_cannot_be_written(policy, tmp_path):
 @pytest.mark.parametrize(("overrides", "message"), [
     (["policy.vllm=null"], "policy.vllm: is what policy.engine=vllm needs, {url: http://HOST:PORT}"),
     (["policy.engine=cached"], "and no other engine takes"),
-    (["policy.vllm={timeout: 3}"], "policy.vllm.url: is required"),
+    (["policy.vllm.url=null"], "policy.vllm.url: "),
     (["policy.vllm.url=localhost:8000"], "policy.vllm.url: "),
     (["policy.vllm.url=file:///etc/passwd"], "policy.vllm.url: "),
     (["policy.vllm.timout=3"], "policy.vllm.timout: unknown key; did you mean 'timeout'?"),

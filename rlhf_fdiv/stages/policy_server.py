@@ -111,7 +111,8 @@ class Server:
         except HTTPError as error:
             problem = f"answers {error.code}: {error.read(400).decode(errors='replace')}"
         except (OSError, HTTPException) as error:
-            problem = f"does not answer within {self.options.timeout:g} s (policy.vllm.timeout): {error}"
+            why = getattr(error, "reason", error)
+            problem = f"does not answer: {why} (policy.vllm.timeout is {self.options.timeout:g} s)"
         except (LookupError, TypeError, ValueError) as error:
             problem = f"does not answer as vLLM 0.32 does: {error!r}"
         raise self._failure(f"policy.vllm: {url} {problem}")
