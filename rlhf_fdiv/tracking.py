@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError
 
-_FREE_KEYS = ("stages", "resume", "report_to", "output_dir")  # may change between two calls of one run
+# may change between two calls of one run
+_FREE_KEYS = ("stages", "resume", "report_to", "output_dir", "push_to_hub", "hub_private_repo")
 MADE_FROM = {  # the keys that what a stage makes depends on
     "sft": ("model.name_or_path", "model.dtype", "data.sft_train", "sft", "seed"),
     "reward": ("model.name_or_path", "model.dtype", "data.preferences_train", "reward", "seed"),
@@ -117,8 +118,11 @@ class RunFolder:
         return other / stage
 
     @contextlib.contextmanager
-    def running(self, name: str, writes: bool = True) -> Iterator[Path]:
-        """Times a stage and, on the process that writes, marks it finished; an exception leaves it unfinished."""
+    def running(
+        self, name: str, writes: bool = True, at_end: Callable[[Path, str], None] = lambda run, stage: None
+    ) -> Iterator[Path]:
+        """Times a stage and, on the process that writes, calls `at_end` and marks it finished; an exception leaves it
+        unfinished."""
         folder = self.stage(name)
         folder.mkdir(parents=True, exist_ok=True)
         if writes:
@@ -127,8 +131,9 @@ class RunFolder:
         yield folder
         if writes:
             seconds = round(time.time() - start, 2)
-            write_atomically(folder / "finished.json", json.dumps({"seconds": seconds}))
             self._note(name, seconds)
+            at_end(self.path, name)
+            write_atomically(folder / "finished.json", json.dumps({"seconds": seconds}))
 
     def _require_same_data(self, stage: str) -> None:
         """Raises UserError where a stage would go on from a checkpoint with other data than it began with."""

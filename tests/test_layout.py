@@ -37,6 +37,8 @@ ORDER = (
     "tracking",
     "plots",
     "report",
+    "hub",
+    "cards",
     "comparison",
     "charts",
     "comparison_report",

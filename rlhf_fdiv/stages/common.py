@@ -18,9 +18,11 @@ import transformers
 from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
+from rlhf_fdiv.cards import write_cards
 from rlhf_fdiv.config import STAGES, RunConfig, data_needs
 from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, Rows, read_rows, tokenize_prompts
 from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.hub import check_push, push
 from rlhf_fdiv.models import context_length, load_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
 from rlhf_fdiv.stages.stopping import noticed
@@ -60,8 +62,10 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
         else:
             say(f"{name}: into {folder.stage(name)}")
             in_steps = name in ("sft", "policy", "prefer", "distil")
-            with noticed(between_steps=in_steps), folder.running(name, main_process) as out:
+            with noticed(between_steps=in_steps), folder.running(name, main_process, write_cards) as out:
                 importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
+    if config.push_to_hub and main_process:
+        say(push(config, folder))
     return folder
 
 
@@ -85,6 +89,8 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
         except UserError as error:
             problems.extend(p for p in error.problems if p not in problems)
 
+    if config.push_to_hub:
+        collect(check_push, config.push_to_hub)
     continued = {"prefer": ("preferences_train", "preferences_eval"), "distil": ("sft_train",)}
     whole = [key for stage in stages for key in continued.get(stage, ())]  # whose prompts must leave room for a text
     for key, fields in {k: v for stage in stages for k, v in needs[stage].items()}.items():
