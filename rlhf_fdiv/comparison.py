@@ -18,7 +18,7 @@ from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.objectives import OBJECTIVES
 
-_NOT_A_SETTING = ("name", "output_dir", "reuse", "resume", "stages", "report_to")
+_NOT_A_SETTING = ("name", "output_dir", "reuse", "resume", "stages", "report_to", "push_to_hub", "hub_private_repo")
 LEVEL = 0.05
 
 

@@ -230,9 +230,12 @@ def _cells(
 
 def _cell(ablation: Ablation, values: dict[str, Any], folder: Path, more: dict[str, Any]) -> Cell:
     settings = {**ablation.overrides, **values, **more, "output_dir": str(folder), "name": _label(values)}
-    return Cell(
-        values, configs.load(ablation.config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-    )
+    config = configs.load(ablation.config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    if config.push_to_hub:
+        raise UserError(
+            "push_to_hub: every cell of a grid would go into this one repository; push the best by its own run"
+        )
+    return Cell(values, config)
 
 
 def _label(values: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rlhf_fdiv import assets, film_reviews
 
+SMOLLM2_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what smollm2-135m is on the hub
+
 
 def resolve_model(name: str) -> str:
     """A name or path that `from_pretrained` takes: "smollm2-135m", "toy" and "reviews-gpt2" become their cached folders, all

@@ -29,11 +29,11 @@ def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any]
     figures = curves + _before_and_after(config, samples, out)
     parts = [
         f"# {config.name}",
-        _what(config, "objective" in report["policy"]),
-        "## Before and after, on held-out prompts\n\n" + _main_table(config, report),
+        what(config, "objective" in report["policy"]),
+        "## Before and after, on held-out prompts\n\n" + main_table(config, report),
         *_inference_section(config, report),
         *_lm_eval_section(config, report),
-        "## Divergences of the policy, in nats\n\n" + _divergence_table(report),
+        "## Divergences of the policy, in nats\n\n" + divergence_table(report),
         "## Training\n\n" + "\n\n".join(f"![{f.stem}]({f.relative_to(run)})" for f in figures),
         "## Samples\n\n" + _samples(samples, config.evaluate.samples),
         "## Made with\n\n```json\n" + json.dumps(environment(), indent=2) + "\n```",
@@ -41,19 +41,24 @@ def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any]
     write_atomically(run / "report.md", "\n\n".join(parts) + "\n")
 
 
-def _what(config: RunConfig, has_objective: bool) -> str:
-    f, target = config.f, config.target
+def what(config: RunConfig, has_objective: bool) -> str:
+    """Divergence, objective, target, estimator and their β in one sentence."""
+    f, stage = config.f, config.objective.stage
     how = {
-        "policy": f"target `{target.name}`, estimator `{config.estimator.name}`",
+        "policy": f"target {_named(config.target)}, estimator {_named(config.estimator)}",
         "prefer": "from pairs, offline",
         "distil": f"teacher `{config.distil.teacher}`",
-    }[config.objective.stage]
-    objective = f" With β = {config.beta:g}, the objective below is E[r] − β·KL(π‖reference)." if has_objective else ""
+    }[stage]
+    objective = f" The reported objective is E[r] − {config.beta:g}·KL(π‖reference)." if has_objective else ""
     return (
-        f"Objective `{config.objective.name}`, divergence `{divergences.label(f)}` ({f.direction or 'a user’s own f'}), "
+        f"Objective {_named(config.objective)}, divergence `{divergences.label(f)}` ({f.direction or 'a user’s own f'}), "
         f"{how}, seed {config.seed}; "
         f"curvature normalisation {'on' if config.divergence.get('unit_curvature') else 'off'}." + objective
     )
+
+
+def _named(part: Any) -> str:
+    return f"`{part.name}`" + (f" with β = {part.beta:g}" if hasattr(part, "beta") else "")
 
 
 def markdown_table(*rows: Iterable[str]) -> str:
@@ -68,7 +73,9 @@ def _number(value: float | None, error: float | None = None) -> str:
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
 
 
-def _main_table(config: RunConfig, report: dict[str, Any]) -> str:
+def main_table(config: RunConfig, report: dict[str, Any]) -> str:
+    """The figures of `evaluate/metrics.json` before and after, and their paired gain, as Markdown."""
+
     def cell(values: dict[str, Any], key: str) -> str:
         return _number(values.get(key), values.get(f"{key}_se"))
 
@@ -119,7 +126,9 @@ def _lm_eval_section(config: RunConfig, report: dict[str, Any]) -> list[str]:
     return ["## lm-eval\n\n" + markdown_table(("", "before", "after"), *rows) + f"\n\n{note}"]
 
 
-def _divergence_table(report: dict[str, Any]) -> str:
+def divergence_table(report: dict[str, Any]) -> str:
+    """Each measured D_f with its standard error, or why it is withheld, as Markdown."""
+
     def cell(measured: dict[str, Any] | None) -> str:
         if measured is None or measured["reason"]:
             return measured["reason"] if measured else "–"

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError, one_line
 
-_FREE_KEYS = ("stages", "resume", "report_to", "output_dir", "policy.vllm")  # may change between two calls of one run
+# may change between two calls of one run
+_FREE_KEYS = ("stages", "resume", "report_to", "output_dir", "policy.vllm", "push_to_hub", "hub_private_repo")
 MADE_FROM = {  # the keys that what a stage makes depends on
     "sft": ("model.name_or_path", "model.dtype", "data.sft_train", "sft", "seed"),
     "reward": ("model.name_or_path", "model.dtype", "data.preferences_train", "reward", "seed"),
@@ -128,8 +129,11 @@ class RunFolder:
         return other / stage
 
     @contextlib.contextmanager
-    def running(self, name: str, writes: bool = True) -> Iterator[Path]:
-        """Times a stage and, on the process that writes, marks it finished; an exception leaves it unfinished."""
+    def running(
+        self, name: str, writes: bool = True, at_end: Callable[[Path, str], None] = lambda run, stage: None
+    ) -> Iterator[Path]:
+        """Times a stage and, on the process that writes, calls `at_end` and marks it finished; an exception leaves it
+        unfinished."""
         folder = self.stage(name)
         with self._writable():
             folder.mkdir(parents=True, exist_ok=True)
@@ -143,8 +147,9 @@ class RunFolder:
             raise UserError(f"{problem}. {what_is_kept(folder)}") from error
         if writes:
             seconds = round(time.time() - start, 2)
-            write_atomically(folder / "finished.json", json.dumps({"seconds": seconds}))
             self._note(name, seconds)
+            at_end(self.path, name)
+            write_atomically(folder / "finished.json", json.dumps({"seconds": seconds}))
 
     def _require_same_data(self, stage: str) -> None:
         """Raises UserError where a stage would go on from a checkpoint with other data than it began with."""

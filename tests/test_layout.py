@@ -38,6 +38,8 @@ ORDER = (
     "tracking",
     "plots",
     "report",
+    "hub",
+    "cards",
     "comparison",
     "charts",
     "comparison_report",

@@ -258,7 +258,8 @@ FAULTS = {
     "null": ("/v1/completions", lambda answer: None, "as vLLM 0.32 does"),
     "half an answer": ("/v1/completions", lambda answer: b'{"choices": [', "as vLLM 0.32 does"),
     "busy": ("/reset_prefix_cache", lambda answer: {"success": False}, "at work for others"),
-    "hung": ("/v1/completions", lambda answer: time.sleep(3) or answer, r"does not answer: timed out \(policy.vllm.timeout is 1 s"),
+    "hung": ("/v1/completions", lambda answer: time.sleep(3) or answer,
+    r"does not answer: timed out \(policy.vllm.timeout is 1 s"),
 }  # fmt: skip
 
 

@@ -29,6 +29,8 @@ _PLAIN: dict[str, Any] = {
     "reuse": str | None,
     "resume": Literal[STAGES] | None,  # type: ignore[valid-type]
     "report_to": Literal["tensorboard", "none"],
+    "push_to_hub": str | None,
+    "hub_private_repo": bool,
 }
 _SECTIONS: dict[str, Any] = {k: v for k, v in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(v)}
 _CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}

@@ -182,6 +182,8 @@ class RunConfig:
     reuse: Annotated[str, MinLen(1)] | None = None
     resume: Annotated[str, MinLen(1)] | None = None
     report_to: str = "tensorboard"
+    push_to_hub: Annotated[str, MinLen(1)] | None = None
+    hub_private_repo: bool = True
 
     @property
     def f(self) -> divergences.Divergence:

@@ -21,6 +21,7 @@ from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
 from rlhf_fdiv import metrics
+from rlhf_fdiv.cards import write_cards
 from rlhf_fdiv.config import STAGES, RunConfig, data_needs
 from rlhf_fdiv.config.checks import validate
 from rlhf_fdiv.data import (
@@ -34,6 +35,7 @@ from rlhf_fdiv.data import (
     tokenize_prompts,
 )
 from rlhf_fdiv.errors import UserError, did_you_mean, one_line
+from rlhf_fdiv.hub import check_push, push
 from rlhf_fdiv.models import context_length, load_tokenizer, require_own_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
 from rlhf_fdiv.stages.stopping import noticed
@@ -73,8 +75,10 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
         else:
             say(f"{name}: into {folder.stage(name)}")
             in_steps = name in ("sft", "policy", "prefer", "distil")
-            with noticed(between_steps=in_steps), folder.running(name, main_process) as out:
+            with noticed(between_steps=in_steps), folder.running(name, main_process, write_cards) as out:
                 importlib.import_module(f"rlhf_fdiv.stages.{name}").main(config, folder, out)
+    if config.push_to_hub and main_process:
+        say(push(config, folder))
     return folder
 
 
@@ -104,6 +108,8 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
             collect(require_own_tokenizer, name, tokenizer)
         return tokenizer, context
 
+    if config.push_to_hub:
+        collect(check_push, config.push_to_hub)
     continued = {"prefer": ("preferences_train", "preferences_eval"), "distil": ("sft_train",)}
     whole = [key for stage in stages for key in continued.get(stage, ())]  # whose prompts must leave room for a text
     for key, fields in {k: v for stage in stages for k, v in needs[stage].items()}.items():

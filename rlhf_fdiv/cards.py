@@ -1,0 +1,174 @@
+"""The card (README.md) of a model folder: what it was made of and with, what was measured, in the hub's own form."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
+
+from rlhf_fdiv import divergences
+from rlhf_fdiv.config import STAGES, RunConfig, parse
+from rlhf_fdiv.config.files import Dumper, read_yaml
+from rlhf_fdiv.hub import is_repo
+from rlhf_fdiv.known_models import SMOLLM2_ORIGIN, resolve_model
+from rlhf_fdiv.report import divergence_table, main_table, markdown_table, what
+from rlhf_fdiv.tracking import MADE_FROM, write_atomically
+
+_SECRET = re.compile("hub_token|password|secret|api_key", re.IGNORECASE)
+_OF_THE_CALL = ("output_dir", "reuse", "resume", "report_to", "push_to_hub", "hub_private_repo")
+
+
+def write_cards(run: Path, stage: str) -> None:
+    """The cards of what a stage made; after `evaluate` those of all stages, with the figures and a picture of them."""
+    config = parse(read_yaml(run / "resolved_config.yaml"))
+    for made in ("sft", "reward", config.objective.stage) if stage == "evaluate" else (stage,):
+        for folder in filter(Path.is_dir, (run / made / kind for kind in ("model", "adapter"))):
+            text = str(card(run, made, folder.name, licence_of(_base(config, made))))
+            if picture := _picture(run):
+                shutil.copyfile(picture, folder / picture.name)
+            write_atomically(folder / "README.md", text)
+
+
+def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard:
+    """The card of `run/stage/kind`, from the run's config, manifest and figures alone: no path of this machine, no secret."""
+    raw = shareable(read_yaml(run / "resolved_config.yaml"))
+    config, manifest = parse(raw), _json(run / "manifest.json")
+    trained, base = stage == config.objective.stage, _base(config, stage)
+    measured, pairs = _json(run / "evaluate" / "metrics.json"), _json(run / stage / "accuracy.json")
+    f = divergences.label(config.f if trained else divergences.get(getattr(config, stage).divergence))
+    task = "text-classification" if stage == "reward" else "text-generation"
+    library = "transformers" if (run / stage / kind / "config.json").is_file() else "rlhf_fdiv"
+    head = ModelCardData(
+        **licence,
+        base_model=base if is_repo(base) else None,
+        library_name="peft" if kind == "adapter" else library,
+        pipeline_tag=task,
+        tags=["rlhf_fdiv", "f-divergence", f, *([config.objective.name] if trained else [])],
+        datasets=_of_the_hub(config, stage, manifest) or None,
+        model_name=config.name if trained else f"{config.name}-{stage}",
+        eval_results=_results(config, task, measured if trained else {}, pairs) or None,
+    )
+    made = {
+        "sft": f"Supervised fine-tuning: by token `{f}` to the next token of the data.",
+        "reward": f"A reward model (`{config.reward.method}`): `{f}` to the raters' shares, pair by pair.",
+        config.objective.stage: what(config, "objective" in measured.get("policy", {})),
+    }[stage]
+    parts = [
+        f"---\n{head.to_yaml()}\n---\n\n# {head.model_name}",
+        f"{made} Made from `{base}` by the {stage} stage of rlhf_fdiv; this folder is its {kind}.",
+        *_figures(config, trained, measured, pairs, _picture(run)),
+        *_made_with(config, manifest, raw, [s for s in STAGES if (run / s).is_dir()]),
+        "## Licence",
+        f"That of the base model, `{licence['license']}`. What the data allow is for you to see."
+        if licence
+        else "Not known: the base model's card names none. See what it and the data allow before you share this.",
+    ]
+    return ModelCard("\n\n".join(parts) + "\n")
+
+
+def shareable(value: Any) -> Any:
+    """A config's values without what is of this machine: a path there becomes the name of its file or folder. Keys that
+    can hold a secret are left out."""
+    if isinstance(value, dict):
+        return {k: shareable(v) for k, v in value.items() if not _SECRET.search(str(k))}
+    if isinstance(value, list):
+        return [shareable(v) for v in value]
+    if isinstance(value, str) and (value.startswith(("/", "./", "../", "~/")) or os.path.exists(value)):
+        return os.path.basename(os.path.abspath(value))
+    return value
+
+
+def licence_of(model: str) -> dict[str, str]:
+    """The keys of the licence in the card of a base model, in its folder or on the hub; none where it says none."""
+    if model == "smollm2-135m":
+        return {"license": "apache-2.0"}
+    path = Path(resolve_model(model))
+    with contextlib.suppress(Exception):  # without a card, a network or sound YAML nobody has said
+        said = metadata_load(path / "README.md" if path.is_dir() else hf_hub_download(model, "README.md")) or {}
+        return {k: said[k] for k in ("license", "license_name", "license_link") if said.get("license") and said.get(k)}
+    return {}
+
+
+def _base(config: RunConfig, stage: str) -> str:
+    own = config.training.model if stage == config.objective.stage else None
+    return SMOLLM2_ORIGIN if (name := own or config.model.name_or_path) == "smollm2-135m" else name
+
+
+def _of_the_hub(config: RunConfig, stage: str, manifest: dict[str, Any]) -> list[str]:
+    """The hub's datasets among what a stage was made from; files have a checksum, folders here no owner."""
+    keys = [key.removeprefix("data.") for key in MADE_FROM[stage] if key.startswith("data.")]
+    names = [getattr(config.data, key) for key in keys if not manifest["data_sha256"].get(key)]
+    return [name for name in names if name and "/" in name and is_repo(name)]
+
+
+def _figures(
+    config: RunConfig, trained: bool, measured: dict[str, Any], pairs: dict[str, float], picture: Path | None
+) -> list[str]:
+    parts = ["## Measured"]
+    if pairs:
+        parts.append(f"Held-out pairs: {', '.join(f'{k} {v:.3g}' for k, v in pairs.items())}.")
+    if measured:
+        after = "This model is *after*" if trained else f"*After* is what the {config.objective.stage} stage made"
+        parts += [f"{after}, *before* what that stage began with, on held-out prompts.", main_table(config, measured)]
+        parts += ["Divergences of *after*, in nats:", divergence_table(measured)]
+    elif trained or not pairs:
+        parts.append("The evaluate stage of the run writes here what it measures.")
+    return [*parts, f"![{picture.stem}]({picture.name})"] if picture else parts
+
+
+def _made_with(config: RunConfig, manifest: dict[str, Any], raw: dict[str, Any], stages: list[str]) -> list[str]:
+    names = {f"scorers.{name}.data": getattr(scorer, "data", "") for name, scorer in config.scorers.items()}
+    names |= vars(config.data)
+    rows = [(key, f"`{names[key]}`", sha256 or "–") for key, sha256 in manifest["data_sha256"].items()]
+    again = {k: v for k, v in raw.items() if k not in _OF_THE_CALL}
+    again["stages"] = [s for s in STAGES if s in stages or (config.reuse and s in ("sft", "reward"))]
+    text = yaml.dump(again, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    versions = json.dumps({k: manifest[k] for k in ("versions", "git_commit", "machine")}, indent=2)
+    return [
+        "## Data",
+        markdown_table(("key", "data", "sha256"), *rows),
+        "## Made with",
+        "    rlhf-fdiv run resolved_config.yaml",
+        f"<details><summary>resolved_config.yaml</summary>\n\n```yaml\n{text}```\n\n</details>",
+        f"```json\n{versions}\n```",
+    ]
+
+
+def _results(config: RunConfig, task: str, measured: dict[str, Any], pairs: dict[str, float]) -> list[EvalResult]:
+    """What was measured, for the hub's `model-index`; what is withheld is not among it."""
+    data, mine = config.data, measured.get("policy", {})
+    found = [(key, mine.get(key), mine.get(f"{key}_se"), data.prompts_eval) for key in ("objective", *config.scorers)]
+    found += [("perplexity", mine.get("perplexity"), None, data.sft_eval)]
+    found += [("accuracy", pairs.get("accuracy"), None, data.preferences_eval)]
+    for where in ("reference", "target"):
+        for f, x in measured.get(f"divergence_to_{where}", {}).items():
+            found.append((f"{f} to the {where}, nats", x["value"], x["standard_error"], data.prompts_eval))
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=str(source),
+            dataset_name=str(source),
+            metric_type=key,
+            metric_value=value,
+            metric_args=None if error is None else {"standard_error": error},
+        )
+        for key, value, error, source in found
+        if value is not None
+    ]
+
+
+def _picture(run: Path) -> Path | None:
+    pictures = (run / "evaluate" / f"{name}.png" for name in ("before_and_after", "training"))
+    return next(filter(Path.is_file, pictures), None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
