@@ -59,8 +59,9 @@ if sys.argv[2] == "fsdp":
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 if sys.argv[2].startswith("zero"):
     zero = {"stage": int(sys.argv[2][-1]), "stage3_param_persistence_threshold": 0}  # or what is small stays whole
+    file = {"zero_optimization": zero, "gradient_accumulation_steps": 2, "train_batch_size": 99, "gradient_clipping": 0.1}
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu",
-                   "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps({"zero_optimization": zero})}
+                   "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(file)}  # of which the run's config is heard instead
     import deepspeed.ops
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo, and nothing to compile
 

@@ -71,6 +71,8 @@ def configure_zero(zero: Any, policy: Policy, options: TrainingOptions) -> None:
         raise UserError("logprob_chunk: ZeRO-3 needs as many chunks on every process; set 0, or launch ZeRO-2 or FSDP2")
     zero.deepspeed_config |= {
         "gradient_clipping": options.max_grad_norm,
+        "gradient_accumulation_steps": 1,  # it would divide the loss by it
+        "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": 1,  # is asked for, and used for its counts alone
         "zero_force_ds_cpu_optimizer": False,  # `optim` is the optimiser, with an offload too
     }
