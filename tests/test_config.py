@@ -434,11 +434,10 @@ WRONG_TYPE = [
     ("reward.layers", 0.5), ("reward.layers.0", "last"), ("reward.divergence", 3), ("reward.l2", None),
     ("policy", [1]), ("policy.max_steps", "ten"), ("policy.model", 3), ("policy.learning_rate", True),
     ("policy.num_generations", None), ("evaluate", True), ("evaluate.divergences", "js"),
-    ("evaluate.divergences.0", 3), ("evaluate.num_prompts", "all"), ("evaluate.lm_eval", "arc_easy"),
-    ("objective", None), ("objective", 3),
+    ("evaluate.divergences.0", 3), ("evaluate.num_prompts", "all"), ("objective", None), ("objective", 3),
     ("objective", []), ("target", None), ("target", [1]), ("estimator", False), ("divergence", None),
     ("divergence", 3), ("divergence", ["js"]), ("divergence", {}), ("scorers", None), ("scorers", []),
-    ("scorers", "reward_model"), ("scorers.reward", None), ("scorers.reward", 3),
+    ("scorers", "reward_model"), ("scorers.reward", None), ("scorers.reward", 3), ("evaluate.lm_eval", "arc_easy"),
 ]  # fmt: skip
 WRONG_VALUE = [
     ("name", ""), ("name", "a/b"), ("name", ".."), ("name", "."), ("name", "a b"), ("seed", -1), ("seed", 2**70),

@@ -15,6 +15,7 @@ from tests.tiny import problems
 
 ROOT = Path(rlhf_fdiv.__file__).parent.parent
 IMPORTS = {
+    "eval": ["lm_eval", "mauve"],
     "report": ["altair", "vl_convert", "jinja2"],
     "tracking": ["trackio", "wandb"],
     "submitit": ["submitit"],
