@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from rlhf_fdiv.config import STAGES, RunConfig, parse
 from rlhf_fdiv.config.files import Dumper, read_yaml
 from rlhf_fdiv.hub import is_repo
 from rlhf_fdiv.known_models import SMOLLM2_ORIGIN, resolve_model
-from rlhf_fdiv.report import divergence_table, main_table, markdown_table, what
+from rlhf_fdiv.report import PANELS, divergence_table, main_table, markdown_table, training_curves, what
 from rlhf_fdiv.tracking import MADE_FROM, write_atomically
 
 _SECRET = re.compile("hub_token|password|secret|api_key", re.IGNORECASE)
@@ -26,14 +27,17 @@ _OF_THE_CALL = ("output_dir", "reuse", "resume", "report_to", "push_to_hub", "hu
 
 
 def write_cards(run: Path, stage: str) -> None:
-    """The cards of what a stage made; after `evaluate` those of all stages, with the figures and a picture of them."""
+    """The cards of what a stage made, with a picture of its training; after `evaluate` that of the trained model is
+    completed with what was measured."""
     config = parse(read_yaml(run / "resolved_config.yaml"))
-    for made in ("sft", "reward", config.objective.stage) if stage == "evaluate" else (stage,):
-        for folder in filter(Path.is_dir, (run / made / kind for kind in ("model", "adapter"))):
-            text = str(card(run, made, folder.name, licence_of(_base(config, made))))
-            if picture := _picture(run):
-                shutil.copyfile(picture, folder / picture.name)
-            write_atomically(folder / "README.md", text)
+    trained, compared = config.objective.stage, run / "evaluate" / "before_and_after.png"
+    made = trained if stage == "evaluate" else stage
+    for folder in filter(Path.is_dir, (run / made / kind for kind in ("model", "adapter"))):
+        panels = PANELS if made == trained else ("loss",)
+        training_curves(run / made / "metrics.jsonl", folder, panels, kinds=(".png",))
+        if stage == "evaluate" and compared.is_file():
+            shutil.copyfile(compared, folder / compared.name)
+        write_atomically(folder / "README.md", str(card(run, made, folder.name, licence_of(_base(config, made)))))
 
 
 def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard:
@@ -41,7 +45,7 @@ def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard
     raw = shareable(read_yaml(run / "resolved_config.yaml"))
     config, manifest = parse(raw), _json(run / "manifest.json")
     trained, base = stage == config.objective.stage, _base(config, stage)
-    measured, pairs = _json(run / "evaluate" / "metrics.json"), _json(run / stage / "accuracy.json")
+    measured, pairs = _json(run / "evaluate" / "metrics.json") if trained else {}, _json(run / stage / "accuracy.json")
     f = divergences.label(config.f if trained else divergences.get(getattr(config, stage).divergence))
     task = "text-classification" if stage == "reward" else "text-generation"
     library = "transformers" if (run / stage / kind / "config.json").is_file() else "rlhf_fdiv"
@@ -53,18 +57,20 @@ def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard
         tags=["rlhf_fdiv", "f-divergence", f, *([config.objective.name] if trained else [])],
         datasets=_of_the_hub(config, stage, manifest) or None,
         model_name=config.name if trained else f"{config.name}-{stage}",
-        eval_results=_results(config, task, measured if trained else {}, pairs) or None,
+        eval_results=_results(config, task, measured, pairs) or None,
     )
     made = {
         "sft": f"Supervised fine-tuning: by token `{f}` to the next token of the data.",
         "reward": f"A reward model (`{config.reward.method}`): `{f}` to the raters' shares, pair by pair.",
         config.objective.stage: what(config, "objective" in measured.get("policy", {})),
     }[stage]
+    upto = STAGES if trained else STAGES[: STAGES.index(stage) + 1]
     parts = [
         f"---\n{head.to_yaml()}\n---\n\n# {head.model_name}",
         f"{made} Made from `{base}` by the {stage} stage of rlhf_fdiv; this folder is its {kind}.",
-        *_figures(config, trained, measured, pairs, _picture(run)),
-        *_made_with(config, manifest, raw, [s for s in STAGES if (run / s).is_dir()]),
+        *_figures(config, measured, pairs),
+        *(f"![{picture.stem}]({picture.name})" for picture in sorted((run / stage / kind).glob("*.png"))),
+        *_made_with(config, manifest, raw, [s for s in upto if (run / s).is_dir()]),
         "## Licence",
         f"That of the base model, `{licence['license']}`. What the data allow is for you to see."
         if licence
@@ -85,9 +91,10 @@ def shareable(value: Any) -> Any:
     return value
 
 
+@functools.cache  # on a machine without a network the hub is waited for in vain once
 def licence_of(model: str) -> dict[str, str]:
     """The keys of the licence in the card of a base model, in its folder or on the hub; none where it says none."""
-    if model == "smollm2-135m":
+    if model == SMOLLM2_ORIGIN:
         return {"license": "apache-2.0"}
     path = Path(resolve_model(model))
     with contextlib.suppress(Exception):  # without a card, a network or sound YAML nobody has said
@@ -108,19 +115,14 @@ def _of_the_hub(config: RunConfig, stage: str, manifest: dict[str, Any]) -> list
     return [name for name in names if name and "/" in name and is_repo(name)]
 
 
-def _figures(
-    config: RunConfig, trained: bool, measured: dict[str, Any], pairs: dict[str, float], picture: Path | None
-) -> list[str]:
+def _figures(config: RunConfig, measured: dict[str, Any], pairs: dict[str, float]) -> list[str]:
     parts = ["## Measured"]
     if pairs:
         parts.append(f"Held-out pairs: {', '.join(f'{k} {v:.3g}' for k, v in pairs.items())}.")
     if measured:
-        after = "This model is *after*" if trained else f"*After* is what the {config.objective.stage} stage made"
-        parts += [f"{after}, *before* what that stage began with, on held-out prompts.", main_table(config, measured)]
-        parts += ["Divergences of *after*, in nats:", divergence_table(measured)]
-    elif trained or not pairs:
-        parts.append("The evaluate stage of the run writes here what it measures.")
-    return [*parts, f"![{picture.stem}]({picture.name})"] if picture else parts
+        parts += ["On held-out prompts; *after* is this model, *before* what its training began with."]
+        parts += [main_table(config, measured), "Divergences in nats:", divergence_table(measured)]
+    return parts if len(parts) > 1 else [*parts, "Nothing but its training, so far."]
 
 
 def _made_with(config: RunConfig, manifest: dict[str, Any], raw: dict[str, Any], stages: list[str]) -> list[str]:
@@ -128,7 +130,7 @@ def _made_with(config: RunConfig, manifest: dict[str, Any], raw: dict[str, Any],
     names |= vars(config.data)
     rows = [(key, f"`{names[key]}`", sha256 or "–") for key, sha256 in manifest["data_sha256"].items()]
     again = {k: v for k, v in raw.items() if k not in _OF_THE_CALL}
-    again["stages"] = [s for s in STAGES if s in stages or (config.reuse and s in ("sft", "reward"))]
+    again["stages"] = [*(s for s in ("sft", "reward") if config.reuse and s not in stages), *stages]
     text = yaml.dump(again, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     versions = json.dumps({k: manifest[k] for k in ("versions", "git_commit", "machine")}, indent=2)
     return [
@@ -162,11 +164,6 @@ def _results(config: RunConfig, task: str, measured: dict[str, Any], pairs: dict
         for key, value, error, source in found
         if value is not None
     ]
-
-
-def _picture(run: Path) -> Path | None:
-    pictures = (run / "evaluate" / f"{name}.png" for name in ("before_and_after", "training"))
-    return next(filter(Path.is_file, pictures), None)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -22,10 +22,13 @@ ROWS = ("objective", "kl_reference", "entropy", "length", "distinct_1", "distinc
 
 PANELS = ("objective", "kl_reference", "divergence_target", "entropy", "margin", "accuracy", "divergence_by_token")
 
+Kinds = tuple[str, ...]
+BOTH: Kinds = (".pdf", ".png")
+
 
 def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any], samples: pd.DataFrame) -> None:
     """Figures as PNG and PDF into `out`, and `report.md` into the run folder."""
-    curves = _training_curves(run / config.objective.stage / "metrics.jsonl", out)
+    curves = training_curves(run / config.objective.stage / "metrics.jsonl", out)
     figures = curves + _before_and_after(config, samples, out)
     parts = [
         f"# {config.name}",
@@ -151,27 +154,28 @@ def _samples(samples: pd.DataFrame, count: int) -> str:
     return markdown_table(("prompt", "before", "after"), *(map(cell, row) for row in texts.to_numpy().tolist()))
 
 
-def _figure(panels: list[str], draw: Callable[[Axes, str], None], path: Path) -> list[Path]:
-    """Panels side by side, as PNG and PDF; the PNG's path, or none where there are no panels."""
+def _figure(panels: list[str], draw: Callable[[Axes, str], None], path: Path, kinds: Kinds = BOTH) -> list[Path]:
+    """Panels side by side; the PNG's path, or none where there are no panels."""
     if not panels:
         return []
     figure = Figure(figsize=(3.2 * len(panels), 2.6))
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axis, panel)
         axis.spines[["top", "right"]].set_visible(False)
-    for kind in (".pdf", ".png"):
+    for kind in kinds:
         figure.savefig(path.with_suffix(kind), dpi=150, bbox_inches="tight")
     return [path.with_suffix(".png")]
 
 
-def _training_curves(metrics: Path, out: Path) -> list[Path]:
+def training_curves(metrics: Path, out: Path, panels: tuple[str, ...] = PANELS, kinds: Kinds = BOTH) -> list[Path]:
+    """What a metrics.jsonl has of the panels over the steps, as `training.png` in `out`; its path, or none without any."""
     table = pd.read_json(metrics, lines=True) if metrics.is_file() else pd.DataFrame()
 
     def draw(axis: Axes, column: str) -> None:
         axis.plot(table["step"], table[column], color="#1f5a94", linewidth=1.5)
         axis.set(title=column.replace("_", " "), xlabel="step")
 
-    return _figure([c for c in PANELS if c in table and table[c].notna().any()], draw, out / "training")
+    return _figure([c for c in panels if c in table and table[c].notna().sum() > 1], draw, out / "training", kinds)
 
 
 def _before_and_after(config: RunConfig, samples: pd.DataFrame, out: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny import problems, run, write_config
 from transformers import AutoModelForCausalLM
 
 from rlhf_fdiv import config, hub
-from rlhf_fdiv.cards import card, licence_of, shareable
+from rlhf_fdiv.cards import card, licence_of, shareable, write_cards
 from rlhf_fdiv.tracking import RunFolder
 
 QUICKSTART = Path(__file__).parent.parent / "results/quickstart"
@@ -52,7 +53,6 @@ def test_the_card_of_a_real_run_says_what_its_folder_says():
     assert "| reverse_kl | 6.87 ± 0.2 | 3.48 ± 0.32 |" in text
     assert "| forward_kl | not measurable: too heavy a tail" in text
     assert "| objective | 0.0345 | 0.986 | 0.951 ± 0.079 |" in text
-    assert "![before_and_after](before_and_after.png)" in text
     manifest = json.loads((QUICKSTART / "manifest.json").read_text())
     assert (
         f"| prompts_train | `film_reviews/prompts_train.jsonl` | {manifest['data_sha256']['prompts_train']} |" in text
@@ -63,10 +63,12 @@ def test_the_card_of_a_real_run_says_what_its_folder_says():
 
 def test_a_dataset_of_the_hub_is_named_as_one(tmp_path):
     raw = config.files.read_yaml(QUICKSTART / "resolved_config.yaml")
+    (tmp_path / "saved").mkdir()  # as `Dataset.save_to_disk` does
     raw["data"] |= {"sft_train": "owner/texts", "prompts_train": "owner/prompts"}
+    raw["data"]["preferences_train"] = str(tmp_path / "saved")
     write_config(tmp_path / "resolved_config.yaml", raw)
     manifest = json.loads((QUICKSTART / "manifest.json").read_text())
-    manifest["data_sha256"] |= {"sft_train": "", "prompts_train": ""}
+    manifest["data_sha256"] |= {"sft_train": "", "prompts_train": "", "preferences_train": ""}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert card(tmp_path, "policy", "model", {}).data.datasets == ["owner/prompts"]
     assert card(tmp_path, "sft", "model", {}).data.datasets == ["owner/texts"]
@@ -94,24 +96,51 @@ def test_without_an_evaluation_the_card_says_so(tmp_path):
         loaded = card(tmp_path, stage, "model", {})
         assert loaded.data.pipeline_tag == task
         assert loaded.data.model_name == ("quickstart" if stage == "policy" else f"quickstart-{stage}")
-        assert "The evaluate stage of the run writes here what it measures." in str(loaded)
+        assert "Nothing but its training, so far." in str(loaded)
         assert "model-index" not in str(loaded)
         assert ".png" not in str(loaded)
         assert ("forward_kl" if stage != "policy" else "reverse_kl") in loaded.data.tags
 
 
+def test_a_card_is_written_with_its_training_and_completed_with_what_was_measured(tmp_path):
+    for name in ("resolved_config.yaml", "manifest.json"):
+        shutil.copyfile(QUICKSTART / name, tmp_path / name)
+    made = [tmp_path / name for name in ("sft/model", "reward/model", "policy/model", "policy/adapter")]
+    for folder in made:
+        folder.mkdir(parents=True)
+        shutil.copyfile(QUICKSTART / f"{folder.parent.name}_metrics.jsonl", folder.parent / "metrics.jsonl")
+    for stage in ("sft", "reward", "policy"):
+        write_cards(tmp_path, stage)
+    pictures = {folder: re.findall(r"!\[\w+\]\((\S+)\)", (folder / "README.md").read_text()) for folder in made}
+    assert list(pictures.values()) == [["training.png"], [], ["training.png"], ["training.png"]], "a fit has no steps"
+    before = [(folder / "README.md").read_text() for folder in made]
+    shutil.copytree(QUICKSTART / "evaluate", tmp_path / "evaluate")
+    write_cards(tmp_path, "evaluate")
+    for folder, text in zip(made, before, strict=True):
+        now = (folder / "README.md").read_text()
+        if folder.parent.name == "policy":
+            assert re.findall(r"!\[\w+\]\((\S+)\)", now) == ["before_and_after.png", "training.png"]
+            picture = QUICKSTART / "evaluate/before_and_after.png"
+            assert (folder / picture.name).read_bytes() == picture.read_bytes()
+            assert "| reverse_kl | 6.87 ± 0.2 | 3.48 ± 0.32 |" in now
+            assert "6.87" not in text
+        else:
+            assert now == text, "a finished stage stays as it is"
+
+
 def test_paths_become_names_and_secrets_go(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
+    (tmp_path / "near/here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     asked = {
-        "model": str(tmp_path / "base"), "teacher": "~/models/big/", "data": "../x/rows.jsonl", "near": "here",
+        "model": str(tmp_path / "base"), "teacher": "~/models/big/", "data": "../x/rows.jsonl", "near": "near/here",
         "hub": "owner/name", "made": "film_reviews/gold.jsonl", "pattern": r"\b(a/b)\b", "long": "x" * 10_000,
         "args": {"hub_token": "hf_1", "eos_token": "<e>", "list": ["/a/b", 1, None]}, "API_KEY": "k",
     }  # fmt: skip
     told = shareable(asked)
     assert told.pop("args") == {"eos_token": "<e>", "list": ["b", 1, None]}
-    assert told == {k: asked[k] for k in ("hub", "made", "pattern", "long", "near")} | {
+    assert told == {k: asked[k] for k in ("hub", "made", "pattern", "long")} | {
         "model": "base",
+        "near": "here",
         "teacher": "big",
         "data": "rows.jsonl",
     }
@@ -133,6 +162,7 @@ def test_the_licence_is_what_the_base_models_card_says(tmp_path, text, licence):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert licence_of(str(tmp_path)) == licence
+    assert licence_of("HuggingFaceTB/SmolLM2-135M-Instruct") == APACHE, "without a hub"
     data = card(QUICKSTART, "policy", "model", licence).data
     assert {k: v for k, v in data.to_dict().items() if k.startswith("license")} == licence
 
@@ -275,7 +305,7 @@ def whole(start, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     (Path(start) / "README.md").write_text("---\nlicense: mit\n---\n# a tiny model\n")
     raw = tiny.raw_config(start, data, folder / "runs")
-    raw["sft"]["training_args"] = {"hub_token": "hf_in_the_config"}
+    raw["sft"]["training_args"] = {"hub_token": "hf_in_the_config", "logging_steps": 1}
     path = write_config(folder / "a.yaml", raw)
     return path, run(path).path
 
@@ -294,8 +324,10 @@ def test_every_model_of_a_run_has_a_card_with_what_was_measured_and_a_picture(wh
         text = (model / "README.md").read_text()
         loaded = ModelCard.load(model / "README.md")
         assert (loaded.data.license, loaded.data.base_model) == ("mit", Path(start).name)
-        (picture,) = re.findall(r"!\[\w+\]\((\S+)\)", text)
-        assert (model / picture).read_bytes() == (folder / "evaluate" / picture).read_bytes()
+        pictures = re.findall(r"!\[\w+\]\((\S+)\)", text)
+        assert pictures == sorted(p.name for p in model.glob("*.png"))
+        assert ("training.png" in pictures) == (model.parent.name != "reward")
+        assert ("before_and_after.png" in pictures) == (model.parent.name == "policy")
         for path in (str(folder), str(Path(start).parent), str(Path(data["gold"]).parent)):
             assert path not in text
         assert "hf_in_the_config" not in text
