@@ -227,10 +227,22 @@ def _checked(name: str, values: Any, completions: list[str], clip: tuple[float, 
     return scores
 
 
+# figures and columns that stand beside the scores in logs, tables and reports: no scorer may have such a name
+_FIGURES = """
+step prompts completions objective kl_reference divergence_target log_z ess_log_z out_of_support entropy length finished tokens
+seconds loss grad_norm coverage rollout_mismatch ess_importance clipped_importance clip_fraction explained_variance distinct_1
+distinct_2 distinct_3 self_bleu bleu rouge_l perplexity bits_per_character mauve samples acceptance tv tv_bound kl_target kl_bound
+value method log_b
+"""
+RESERVED = frozenset(_FIGURES.split())
+
+
 def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
     """Problems of a config's scorers and of the names that targets use."""
     problems = [f"target: no scorer named {n!r}{did_you_mean(n, specs)}" for n in used if n not in specs]
     for name, spec in specs.items():
+        if name in RESERVED:
+            problems.append(f"scorers.{name}: a figure of every report has this name; call it {name}_score")
         seen = {name}
         while isinstance(spec, Threshold) and spec.of in specs.keys() - seen:
             seen.add(spec.of)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import problems
 
 import rlhf_fdiv
 from rlhf_fdiv.config.files import find_config
-from tests.tiny import problems
 
 ROOT = Path(rlhf_fdiv.__file__).parent.parent
 IMPORTS = {

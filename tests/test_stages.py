@@ -39,7 +39,9 @@ from transformers import (
     pipeline,
 )
 
+from rlhf_fdiv import config as configs
 from rlhf_fdiv import divergences
+from rlhf_fdiv.rewards import RESERVED
 from rlhf_fdiv.stages import policy as policy_stage
 from rlhf_fdiv.stages import policy_update
 
@@ -53,6 +55,19 @@ def whole(start, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     path = write_config(folder / "whole.yaml", tiny.raw_config(start, data, folder / "runs"))
     return path, run(path).path
+
+
+def test_no_scorer_can_take_the_name_of_a_figure(whole, config):
+    _, folder = whole
+    scorers = tiny.raw_config("", {"gold": ""}, folder)["scorers"]
+    report = json.loads((folder / "evaluate/metrics.json").read_text(encoding="utf-8"))
+    logged = {*report["policy"], *jsonl(folder / "policy/metrics.jsonl")[-1], *completions(folder / "policy")}
+    logged |= {key for row in report["inference"] for key in row}
+    ours = {key.removesuffix("_se") for key in logged} - {*scorers, "references"}
+    assert {key for key in ours if "." not in key} <= RESERVED
+    for name in RESERVED:
+        mine = {**scorers, name: {"name": "length"}}
+        assert f"scorers.{name}: a figure" in problems(configs.load, config(scorers=mine))[0]
 
 
 @pytest.fixture
