@@ -229,10 +229,10 @@ def _checked(name: str, values: Any, completions: list[str], clip: tuple[float, 
 
 # figures and columns that stand beside the scores in logs, tables and reports: no scorer may have such a name
 _FIGURES = """
-step prompts completions objective kl_reference divergence_target log_z ess_log_z out_of_support entropy length finished tokens
-seconds loss grad_norm coverage rollout_mismatch ess_importance clipped_importance clip_fraction explained_variance distinct_1
-distinct_2 distinct_3 self_bleu bleu rouge_l perplexity bits_per_character mauve samples acceptance tv tv_bound kl_target kl_bound
-value method log_b
+step prompts completions objective kl_reference divergence_target log_z ess_log_z out_of_support entropy length
+finished tokens seconds loss grad_norm coverage rollout_mismatch ess_importance clipped_importance clip_fraction
+explained_variance distinct_1 distinct_2 distinct_3 self_bleu bleu rouge_l perplexity bits_per_character mauve samples
+acceptance tv tv_bound kl_target kl_bound value method log_b
 """
 RESERVED = frozenset(_FIGURES.split())
 
