@@ -219,7 +219,7 @@ def write_table(path: Path, columns: Any) -> None:
 
 
 class Metrics:
-    """metrics.jsonl, and TensorBoard beside it, under the same names; rows after `resume_step` are written again."""
+    """metrics.jsonl, and a tracker beside it, under the same names; rows after `resume_step` are written again."""
 
     def __init__(self, folder: Path, report_to: str, resume_step: int = 0) -> None:
         path = folder / "metrics.jsonl"
@@ -228,22 +228,51 @@ class Metrics:
             whole = [line for line in lines if line.endswith("\n")]  # a killed run leaves half a row
             write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= resume_step))
         self._file = path.open("a", encoding="utf-8")
-        self._board = None
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self._kind = report_to
+        self._tracker: Any = None if report_to == "none" else _tracker(report_to, folder, resume_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One row, six digits a figure, null for what is not finite."""
         rounded = {key: float(f"{value:.6g}") if math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps({"step": step, **rounded}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
+        if self._tracker is not None:
+            self._tracker.log(values, step=step)
+
+    def log_table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
+        """The last 100 rows, in the tracker alone."""
+        import pandas as pd
+
+        plain = (str, int, float)  # a tracker takes no more
+        table = pd.DataFrame(rows[-100:]).map(lambda x: x if isinstance(x, plain) else json.dumps(x, default=str))
+        if self._kind == "wandb":
+            self._tracker.log_table(name, dataframe=table, step=step)
+        elif self._kind == "trackio":
+            import trackio
+
+            self._tracker.log({name: trackio.Table(dataframe=table)}, step=step)
+        elif self._tracker is not None:
+            self._tracker.log({name: table.to_html(index=False)}, step=step)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _tracker(kind: str, folder: Path, resume_step: int) -> Any:
+    """accelerate's, begun: the run is the project, the stage its run. wandb writes into the folder, for `wandb sync`, unless
+    WANDB_MODE says otherwise."""
+    from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+
+    project, stage = folder.resolve().parent.name, folder.name
+    tracker: Any
+    if kind == "tensorboard":
+        tracker = TensorBoardTracker("tensorboard", folder, purge_step=resume_step + 1)
+    elif kind == "wandb":
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        tracker = WandBTracker(project, name=stage, id=f"{project}-{stage}", dir=folder, mode=mode, resume="allow")
+    else:
+        tracker = TrackioTracker(project, name=stage, resume="allow", embed=False, auto_log_cpu=False)
+    tracker.start()
+    return tracker

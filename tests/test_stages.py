@@ -70,6 +70,21 @@ def test_no_scorer_can_take_the_name_of_a_figure(whole, config):
         assert f"scorers.{name}: a figure" in problems(configs.load, config(scorers=mine))[0]
 
 
+def test_a_tracker_without_its_package_is_named_before_anything_runs(config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
+    assert "report_to: wandb is not installed: pip install 'rlhf_fdiv[tracking]'" in problems(
+        run, config(), "report_to=wandb"
+    )
+
+
+def test_a_run_tells_wandb_what_it_writes(policy, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = policy("report_to=wandb", "policy.save_steps=2", "policy.max_steps=2")
+    (written,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    assert all(key.encode() in written.read_bytes() for key in jsonl(out / "metrics.jsonl")[-1])
+    assert [*out.glob("wandb/offline-run-*/files/media/table/completions_*.json")]
+
+
 @pytest.fixture
 def config(start, data, tmp_path):
     """config(**top-level keys): a config file of all stages in a folder of its own."""

@@ -1,6 +1,7 @@
 """The run folder: a changed config is seen, a finished stage is kept, nothing is overwritten and no file is half."""
 
 import hashlib
+import importlib
 import json
 import os
 
@@ -304,6 +305,42 @@ def test_tensorboard_holds_the_same_names(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"objective", "kl/reference"}
     assert [(e.step, e.value) for e in events.Scalars("kl/reference")] == [(1, 2.0)]
+
+
+ROWS = [{"step": 2, "prompts": "film <b>", "completions": "a | b\nc", "reward": 0.5, "references": ["x"]}]
+
+
+def test_every_tracker_gets_the_same_names_and_the_completions(tmp_path, monkeypatch):
+    """wandb offline and trackio, read back by their own readers."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trackio = importlib.import_module("trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    folder = tmp_path / "tiny" / "policy"
+    folder.mkdir(parents=True)
+    for kind in ("wandb", "trackio", "tensorboard"):
+        metrics = Metrics(folder, kind)
+        metrics.log(1, {"objective": 0.25, "to_target.js": 1.0})
+        metrics.log(2, {"objective": 0.5, "to_target.js": 0.5})
+        metrics.log_table(2, "completions", ROWS)
+        metrics.close()
+    (written,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    raw = written.read_bytes()
+    assert b"objective" in raw
+    assert b"to_target.js" in raw
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/completions_*.json")
+    assert "a | b" in table.read_text(encoding="utf-8")
+    assert (tmp_path / "trackio/tiny.db").is_file()
+    (run,) = trackio.Api().runs("tiny")
+    assert run.name == "policy"
+    logs = trackio.sqlite_storage.SQLiteStorage.get_logs("tiny", "policy")
+    assert [(x["objective"], x["to_target.js"]) for x in logs if "objective" in x] == [(0.25, 1.0), (0.5, 0.5)]
+    assert any("completions" in x for x in logs)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"objective", "to_target.js"}
+    assert "completions/text_summary" in events.Tags()["tensors"]
 
 
 # checkpoints and files

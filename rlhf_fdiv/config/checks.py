@@ -28,7 +28,7 @@ _PLAIN: dict[str, Any] = {
     "stages": Annotated[list[Literal[STAGES]], Field(min_length=1)],  # type: ignore[valid-type]
     "reuse": str | None,
     "resume": Literal[STAGES] | None,  # type: ignore[valid-type]
-    "report_to": Literal["tensorboard", "none"],
+    "report_to": Literal["tensorboard", "wandb", "trackio", "none"],
     "push_to_hub": str | None,
     "hub_private_repo": bool,
 }

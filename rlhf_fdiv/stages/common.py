@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import platform
 import sys
@@ -108,6 +108,8 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
             collect(require_own_tokenizer, name, tokenizer)
         return tokenizer, context
 
+    if config.report_to in ("wandb", "trackio") and importlib.util.find_spec(config.report_to) is None:
+        problems.append(f"report_to: {config.report_to} is not installed: pip install 'rlhf_fdiv[tracking]'")
     if config.push_to_hub:
         collect(check_push, config.push_to_hub)
     continued = {"prefer": ("preferences_train", "preferences_eval"), "distil": ("sft_train",)}

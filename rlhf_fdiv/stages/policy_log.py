@@ -95,9 +95,10 @@ class Log:
         return {name: divergences.estimate(f, log_pi, log_p, groups).value for name, f in self.measured.items()}
 
     def flush_completions(self, step: int) -> None:
-        """One Parquet file for the completions since the last checkpoint."""
+        """One Parquet file, and a table of the tracker, for the completions since the last checkpoint."""
         if self.training.accelerator.is_main_process and self.completions:
             folder = self.training.out / "completions"
             folder.mkdir(exist_ok=True)
             write_table(folder / f"until-{step:06d}.parquet", self.completions)
+            self.training.metrics.log_table(step, "completions", self.completions)
         self.completions = []

@@ -126,7 +126,7 @@ class Training:
         self._checkpoints = Checkpoints(out, accelerator, self.policy, self.state)
         self.at_step, self.batch = 0, dict[str, list[Any]]()
         self._report_to, self._seconds, self.stopping = report_to, 0.0, False
-        self._metrics: Metrics | None = None
+        self.metrics: Any = None  # of the main process, from its first step on
 
     def step(
         self, rows: Tensor, loss_of: Callable[[Tensor], Tensor], lengths: Tensor | None = None
@@ -230,9 +230,9 @@ class Training:
         """One row of metrics.jsonl and one line on the screen, of what is `shown` of it, by the main process."""
         if not self.accelerator.is_main_process:
             return
-        if self._metrics is None:
-            self._metrics = Metrics(self.out, self._report_to, step - 1)
-        self._metrics.log(step, {**values, "seconds": seconds})
+        if self.metrics is None:
+            self.metrics = Metrics(self.out, self._report_to, step - 1)
+        self.metrics.log(step, {**values, "seconds": seconds})
         self._seconds = 0.9 * self._seconds + 0.1 * seconds if self._seconds else seconds
         left = (self.options.max_steps - step) * self._seconds / 60
         figures = "  ".join(f"{k} {values[k]:.3g}" for k in shown or values if math.isfinite(values[k]))
@@ -241,8 +241,8 @@ class Training:
 
     def finish(self, tokenizer: Any) -> None:
         """Writes the trained model and ends the launch."""
-        if self._metrics is not None:
-            self._metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         whole = self.whole()
         if self.accelerator.is_main_process:
             save_policy(whole, tokenizer, self.out)
