@@ -11,6 +11,7 @@ import yaml
 from tiny import problems
 
 import rlhf_fdiv
+from rlhf_fdiv import config
 from rlhf_fdiv.config.files import find_config
 
 ROOT = Path(rlhf_fdiv.__file__).parent.parent
@@ -85,9 +86,9 @@ def test_a_config_here_goes_before_one_of_the_package(tmp_path, monkeypatch):
     assert find_config("ablation/toy") == ROOT / "configs/ablation/toy.yaml"
     Path("toy").write_text("", encoding="utf-8")
     assert find_config("toy") == Path("toy")
-    from rlhf_fdiv import config
-
-    assert problems(config.load, "quikstart") == ("quikstart: no such config file",)
+    for name in ("quikstart", "configs", "n" * 300, ""):
+        assert find_config(name) == Path(name)
+        assert problems(config.load, name)[0].startswith(f"{Path(name)}: ")
 
 
 def test_the_changelog_tells_of_this_version():

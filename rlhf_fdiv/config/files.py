@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -72,13 +73,12 @@ def find_config(path: str | Path) -> Path:
     """The file itself or, where it is none, that of this name among the configs that come with the package:
     `quickstart`, `ablation/toy`, `configs/quickstart.yaml`."""
     path = Path(path)
-    if path.exists() or path.is_absolute():
+    if os.path.exists(path) or path.is_absolute():  # of os.path, for which no name is too long
         return path
-    own = next(
-        f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir()
-    )  # of a wheel, of the sources
+    # of a wheel, of the sources
+    own = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir())
     inside = (own / path.relative_to("configs") if path.parts[:1] == ("configs",) else own / path).with_suffix(".yaml")
-    return inside if inside.is_file() else path
+    return inside if os.path.isfile(inside) else path
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
