@@ -89,6 +89,7 @@ def test_shared_stages_run_once_for_each_value_that_they_depend_on(make):
         assert cell.config.sft.learning_rate == cell.values["sft.learning_rate"]
 
 
+@pytest.mark.slow
 def test_a_broken_cell_is_named_and_the_rest_goes_on_until_retry_mends_it(make, tmp_path, call, monkeypatch):
     module = tmp_path / "mine.py"
     good = "def good(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"

@@ -112,6 +112,7 @@ def test_a_wrong_name_is_told_with_the_right_one():
     )
 
 
+@pytest.mark.slow
 def test_the_report_of_cells_that_ran(make, tmp_path, call):  # noqa: F811
     grid = {"divergence": ["js", {"name": "alpha", "alpha": 0.3}], "target.beta": [0.5, 2.0], "seed": [0, 1, 2]}
     path = make(
@@ -222,6 +223,7 @@ def test_curves_are_means_over_windows_of_steps(tmp_path):
     assert set(curves["divergence"]) == {"js"}
 
 
+@pytest.mark.slow
 def test_cells_that_have_not_run_are_named(make, tmp_path, call):  # noqa: F811
     path = make(POLICY, grid={"divergence": ["js", "tv"]})
     tiny.run(call("ablate", str(path), "--print-commands")[1].splitlines()[0].split()[-1])

@@ -799,6 +799,7 @@ def test_the_choices_above_leave_none_out():
     assert named == SCORERS.keys()
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), st.floats(1e-300, 1e300))
 @example("1e-4", 1e-6)

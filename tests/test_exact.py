@@ -60,6 +60,7 @@ def test_the_toys_reward_has_its_modes():
     assert assets.toy_reward([], ["a b a b", "c c d d", "d b c a", "a b a b a", ""]) == [1.0, 0.9, 0.8, 0.8, 0.0]
 
 
+@pytest.mark.slow
 def test_a_toy_run_measures_without_an_estimate_what_its_samples_estimate(tmp_path):
     """Twelve steps; estimates are within four standard errors, and the divergences agree with the objective."""
     out = tiny.run("configs/toy.yaml", "policy.max_steps=12", "policy.save_steps=12", f"output_dir={tmp_path}",

@@ -246,6 +246,7 @@ def with_little_room(limit, *args):
         Path(args[-1].removeprefix("output_dir="), "said").write_text("\n".join(error.problems))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it_and_the_run_goes_on_once_there_is_some(
     config, tmp_path
 ):

@@ -584,6 +584,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(policy, monkeypatch, case):
     args = (SHARE, *CASES[case])

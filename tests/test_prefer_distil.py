@@ -1080,6 +1080,7 @@ def test_the_share_of_own_texts_is_what_was_asked_for(distil):
     assert len({row["on_policy"] for row in rows[:10]}) == 2, "interleaved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "steps", "name", "less"), [(0.0, 80, "js", 25), (0.5, 80, "forward_kl", 4), (1.0, 80, "reverse_kl", 6)]
 )

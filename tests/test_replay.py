@@ -158,6 +158,7 @@ def policy(start, data, tmp_path):
     return lambda *overrides: run(path, *overrides).path / "policy"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -181,6 +182,7 @@ def test_every_estimator_trains_on_what_was_drawn_before(policy, args):
     assert all(row["tokens"] <= batch * 8 for row in rows), "what is logged is of the new completions alone"
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_with_what_was_kept_and_refuses_another_number_of_processes(policy, tmp_path, monkeypatch):
     args = ("policy.replay_steps=2", "policy.max_steps=5", "policy.save_steps=2")
     goal, logged = policy(*args, "name=whole"), policy_stage.Log.step

@@ -348,6 +348,7 @@ def test_a_changed_config_is_refused_and_names_every_key(whole):
     assert tree(folder) == before
 
 
+@pytest.mark.slow
 def test_resume_runs_again_from_that_stage_and_puts_the_old_one_aside(config):
     path = config()
     folder = run(path).path
@@ -371,6 +372,7 @@ def test_resume_runs_again_from_that_stage_and_puts_the_old_one_aside(config):
     assert {k: v[0] for k, v in tree(folder).items()} == {k: v[0] for k, v in again.items()}
 
 
+@pytest.mark.slow
 def test_reuse_takes_sft_and_reward_from_another_run_and_refuses_another_one(whole, config):
     path, reused = config(), f"reuse={whole[1]}"
     before = tree(whole[1])
@@ -509,6 +511,7 @@ def test_logits_by_chunks_train_the_same_policy(policy, model):
     assert away(*(weights(out / "model") for out in runs)) < 1e-4
 
 
+@pytest.mark.slow
 def test_evaluate_reads_the_lambdas_that_the_policy_stage_solved(policy):
     overrides = (
         "stages=[policy, evaluate]",
@@ -748,6 +751,7 @@ def unbroken(start, data, tmp_path_factory):
     return unbroken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "step"),
     [(case, 3) for case in RESUMES]
@@ -1113,6 +1117,7 @@ LEARN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["match", "regularise"])
 def test_training_climbs_towards_the_known_optimum_and_not_past_it(policy, objective):
     """max E[r] − β·KL is β·E_x[log Z(x)]: a policy gets most of the way there and cannot exceed it."""

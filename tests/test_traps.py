@@ -225,6 +225,7 @@ def test_a_reference_that_moved_is_found(made, policy, monkeypatch, model):
 PPO_RUN = ("objective=regularise", "estimator={name: ppo, num_epochs: 2, num_minibatches: 2}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "args"),
     [("gpt2", (FULL,)), ("llama", (LORA,)), ("gpt2", (LORA, *PPO_RUN)), ("llama", (FULL, "policy.reference_share=.4"))],
@@ -327,6 +328,7 @@ def test_a_prompt_padded_on_the_left_gives_the_text_it_gives_alone(architecture)
 # -- pad = eos ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_engine
 @pytest.mark.parametrize(
     ("architecture", "args"),
@@ -539,6 +541,7 @@ def test_a_cut_text_gets_no_eos():
 # -- a shaped sampler --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_engine
 @full_or_lora
 def test_the_models_generation_config_is_ignored_by_both_engines(made, policy, monkeypatch, engine, model):
@@ -847,6 +850,7 @@ def test_a_resume_that_drops_something_ends_elsewhere(both, tmp_path, monkeypatc
         assert rows_of(out)[2]["log_z"] != pytest.approx(rows_of(whole)[2]["log_z"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_with_the_lambdas_that_were_solved(both, tmp_path):
     """They are read, not solved again; and solved again, from samples of the reference, they would be the same."""
     out, whole = resumed(both, "moments", tmp_path / "kept")
@@ -866,6 +870,7 @@ def test_a_resume_goes_on_with_the_lambdas_that_were_solved(both, tmp_path):
     assert rows_of(again) == rows_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_resume_goes_on_with_the_lambdas_that_have_followed_the_policy(both, tmp_path, monkeypatch, forgets):
     """Those of the target itself, which evaluation measures against, stay as they were solved."""

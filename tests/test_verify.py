@@ -61,6 +61,7 @@ def test_the_whole_table_holds_every_combination_and_nothing_fails():
             assert row.standard_error <= 0.0101, row
 
 
+@pytest.mark.slow
 def test_a_row_agrees_with_what_its_combination_allows():
     rows = rows_of("js")
     assert len({row[:4] for row in rows}) == len(rows) == 2 + 2 * 4 * 5 + 4
@@ -151,6 +152,7 @@ def test_a_baseline_that_includes_the_sample_itself_fails_rloo_alone(fewer, monk
         assert [name for name, status in found.items() if status == "fail"] == ["rloo"]
 
 
+@pytest.mark.slow
 def test_a_missing_log_z_fails_match_except_in_reverse_kl(fewer, monkeypatch):
     right = Match.pseudo_reward
     monkeypatch.setattr(Match, "pseudo_reward", lambda *args: right(*args[:-1], torch.zeros_like(args[-1])))
@@ -206,6 +208,7 @@ def test_forgotten_importance_weights_fail_what_is_enumerated(fewer, monkeypatch
     assert found["rloo"] == "pass"
 
 
+@pytest.mark.slow
 def test_a_second_epoch_with_the_weights_or_scores_of_the_first_fails_alone(fewer, monkeypatch):
     right = policy_update.importance_weights
     stale = [lambda log_pi, log_mu, cap: right(log_pi, log_mu, cap).new_full(log_mu.shape, 1.0), right]
@@ -373,6 +376,7 @@ def test_a_wrong_f_is_refused_and_its_failed_proof_named(strangers, call, name, 
     assert all(row[key] == "-" for row in rows for key in ("objective", "target", "estimator"))
 
 
+@pytest.mark.slow
 def test_a_strangers_sound_f_passes(strangers, fewer, call):
     code, out, _ = call("verify", "--divergence", "strangers:LeCam", "--divergence", "{name: alpha, alpha: 0.3}")
     assert code == 0
