@@ -66,6 +66,7 @@ INSIDE = {
         "policy_log",
         "policy_update",
         "policy_server",
+        "policy_rollout",
         "sft",
         "reward",
         "policy",

@@ -11,33 +11,31 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from rlhf_fdiv import targets
 from rlhf_fdiv.checkpoints import newest_checkpoint
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.data import PROMPTS, extra_columns, read_rows, tokenize_prompts
+from rlhf_fdiv.data import PROMPTS, read_rows, tokenize_prompts
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.models import Reference, context_length, in_micro_batches, load_policy, load_tokenizer
+from rlhf_fdiv.models import Reference, context_length, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import token_rewards
 from rlhf_fdiv.replay import Replay, Scored
 from rlhf_fdiv.rewards import Scorers
-from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
+from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
-from rlhf_fdiv.stages.policy_server import Server
+from rlhf_fdiv.stages.policy_rollout import Sampler
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training, launch, row_order
-from rlhf_fdiv.targets import DualAscent, LogPartition
+from rlhf_fdiv.targets import DualAscent, LogPartition, MomentSolution
 from rlhf_fdiv.tracking import RunFolder, write_atomically
 
 
@@ -65,51 +63,17 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     training = Training(policy, options, out, accelerator, config.report_to, log_partition=log_partition)
     replay = Replay(options.replay_steps, accelerator)
     reference.to(accelerator.device, training.whole())
-    server = Server(training, tokenizer) if options.engine == "vllm" else None
+    sampler = Sampler(config, training, reference, tokenizer, rows, prompt_ids)
     scorers = Scorers(specs, accelerator.device)
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
 
-    def rollout(
-        step: int | range, prompts: list[int], num_generations: int, lm: Any, reference_share: float = 0.0
-    ) -> tuple[Rollout, dict[str, Any]]:
-        """This process's share of a step's completions, with their texts; of `lm`, a model or a server, but for
-        `reference_share` of them. A range gives each prompt a step of its own: its noise is then the same whatever prompts
-        it is drawn with."""
-        places = training.share(list(range(len(prompts))))
-        mine = [prompts[i] for i in places]
-
-        def noise(length: int, stream: int = 0) -> Tensor:
-            own = step if isinstance(step, range) else [step]
-            count = len(prompts) * num_generations // len(own)
-            whole = torch.cat([uniforms(config.seed, s, count, length, stream) for s in own])
-            return whole.view(len(prompts), num_generations, -1)[places].flatten(0, 1)
-
-        ids = [prompt_ids[i] for i in mine]
-        draws = noise(options.max_completion_length)
-        if reference_share:
-            each = [x for x in ids for _ in range(num_generations)]
-            which = (noise(1, stream=1)[:, 0] < reference_share).long()
-            drawn = sample_each([nullcontext(lm), reference.lm()], which, tokenizer, each, draws, options.engine)
-        elif isinstance(lm, Server):
-            which, drawn = None, lm.sample(ids, num_generations, draws)
-        else:
-            which, drawn = None, sample(lm, tokenizer, ids, num_generations, draws, options.engine)
-        batch = Rollout(*drawn, mine, own=None if which is None else which == 0)
-        repeated = [rows[i] for i in batch.prompts for _ in range(num_generations)]
-        texts = {"prompts": [r["prompt"] for r in repeated], "completions": batch.texts(tokenizer)}
-        return batch, extra_columns(repeated) | texts
-
-    def sampler() -> Any:
-        """The policy as it is now, here or on the server."""
-        return server.holding(training.whole()) if server else training.whole().lm
-
-    target = solve_target(config, out, accelerator, reference, rollout, scorers, log_partition, len(rows))
+    target = solve_target(config, sampler, scorers, log_partition)
     dual = training.state["dual"] = DualAscent(target)
     step = training.restore()
     log = Log(config, training, tokenizer.eos_token_id)
     if step == 0:
         first = row_order(config.seed, 0, options.num_prompts, len(rows))
-        self_check(training.policy, reference, rollout(0, first, 1, sampler())[0], options.engine)
+        self_check(training.policy, reference, sampler.draw(0, first, 1, sampler.policy())[0], options.engine)
 
     while step < options.max_steps:
         began = time.perf_counter()
@@ -117,7 +81,8 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         prompts = row_order(config.seed, step, options.num_prompts, len(rows))
 
         # roll out
-        batch, texts = rollout(step, prompts, options.num_generations, sampler(), options.reference_share)
+        now = sampler.policy()
+        batch, texts = sampler.draw(step, prompts, options.num_generations, now, options.reference_share)
         mask = batch.sequences.mask
 
         # score
@@ -125,11 +90,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
             scores = scorers(scored, **texts)
             potential = dual.target.potential(scores).to(accelerator.device)
         log_a = reference.log_probs(batch.sequences, options.per_device_train_batch_size)
-        mismatch = {}
-        if options.reference_share or server:
-            fresh = in_micro_batches(training.policy, batch.sequences, options.per_device_train_batch_size)
-            mismatch = {"rollout_mismatch": server.mismatch(fresh.log_probs, batch)} if server else {}
-            batch = batch.off_policy(fresh.log_probs, log_a, options.reference_share)
+        batch, mismatch = sampler.off_policy(batch, log_a)
 
         # log Z, the same on every process
         log_ratio = sequence_sum(log_a, mask) - batch.log_mu
@@ -159,64 +120,60 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     training.finish(tokenizer)
 
 
-def solve_target(
-    config: RunConfig,
-    out: Path,
-    accelerator: Accelerator,
-    reference: Reference,
-    rollout: Any,
-    scorers: Scorers,
-    log_partition: LogPartition,
-    num_rows: int,
-) -> Any:
+def solve_target(config: RunConfig, sampler: Sampler, scorers: Scorers, log_partition: LogPartition) -> Any:
     """λ of moment constraints and a warm start of log Z, from samples of the reference; kept in target.json for a resume."""
-    target, kept = config.target, out / "target.json"
-    moments = targets.unsolved(target)
+    target, moments, out = config.target, targets.unsolved(config.target), sampler.training.out
+    kept = out / "target.json"
     if moments is not None and kept.is_file() and newest_checkpoint(out):  # which holds the log Z of these samples
         return targets.with_lambdas(target, json.loads(kept.read_text(encoding="utf-8"))["lambdas"])
     num_generations = moments.num_generations if moments else config.policy.warm_start_generations
     if not num_generations:
         return target
-    count = (
-        min(moments.num_prompts if moments else num_rows, num_rows)
-        // accelerator.num_processes
-        * accelerator.num_processes
-    )
-    scores: dict[str, list[Tensor]] = {name: [] for name in target.scorers}
-    prompts = row_order(config.seed + 1, 1, count, num_rows)
-    share = (
-        config.policy.num_prompts * config.policy.num_generations // num_generations
-    )  # no larger than a step's batch
-    width = max(share // accelerator.num_processes, 1) * accelerator.num_processes
-    for i in range(0, count, width):
-        part = prompts[i : i + width]
-        with reference.lm() as lm:
-            _, texts = rollout(range(-1 - i, -1 - i - len(part), -1), part, num_generations, lm)
-        for name, values in scorers(list(target.scorers), **texts).items():
-            scores[name].append(accelerator.gather(values).view(-1, num_generations))
-    table = {name: torch.cat(parts).cpu() for name, parts in scores.items()}
+    accelerator, total = sampler.training.accelerator, len(sampler.rows)
+    wanted = min(moments.num_prompts if moments else total, total)
+    prompts = row_order(config.seed + 1, 1, wanted - wanted % accelerator.num_processes, total)
+    table = reference_scores(sampler, scorers, list(target.scorers), prompts, num_generations)
     try:
         target, solution = targets.solve(target, table, extrapolate=True)
     except ValueError as error:
         raise UserError(f"target: {error}") from error
     log_partition.warm_start(prompts, target.potential(table))
-    if solution is not None and accelerator.is_main_process:
-        names = list(moments.moments)  # type: ignore[union-attr]
-        moments_of = {
-            k: dict(zip(names, (None if math.isnan(x) else x for x in getattr(solution, k).tolist()), strict=True))
-            for k in ("lambdas", "reference", "reached", "bias")
-        }
-        figures = {"ess": solution.ess, "samples": count * num_generations, "residual": solution.residual}
-        write_atomically(kept, json.dumps({**moments_of, **figures}, indent=2))
-        accelerator.print(
-            f"λ {moments_of['lambdas']} takes {moments_of['reference']} to {moments_of['reached']}; {figures}"
-        )
-        if solution.ess < 50 * len(names):
-            accelerator.print(
-                f"warning: only {solution.ess:.0f} effective samples for {len(names)} moments; "
-                f"about {count * num_generations * 50 * len(names) / solution.ess:.0f} samples would give 50 each"
-            )
+    if moments and solution and accelerator.is_main_process:
+        keep_solution(kept, list(moments.moments), solution, len(prompts) * num_generations)
     return target
+
+
+def reference_scores(
+    sampler: Sampler, scorers: Scorers, names: list[str], prompts: list[int], num_generations: int
+) -> dict[str, Tensor]:
+    """Scores [P, K] of completions of the reference, no more of them at a time than a step has."""
+    options, accelerator = sampler.options, sampler.training.accelerator
+    share = options.num_prompts * options.num_generations // num_generations
+    width = max(share // accelerator.num_processes, 1) * accelerator.num_processes
+    scores: dict[str, list[Tensor]] = {name: [] for name in names}
+    for i in range(0, len(prompts), width):
+        part = prompts[i : i + width]
+        with sampler.reference.lm() as lm:
+            _, texts = sampler.draw(range(-1 - i, -1 - i - len(part), -1), part, num_generations, lm)
+        for name, values in scorers(names, **texts).items():
+            scores[name].append(accelerator.gather(values).view(-1, num_generations))
+    return {name: torch.cat(parts).cpu() for name, parts in scores.items()}
+
+
+def keep_solution(path: Path, names: list[str], solution: MomentSolution, samples: int) -> None:
+    """Writes λ with what it was solved from, and says it."""
+    moments = {
+        k: dict(zip(names, (None if math.isnan(x) else x for x in getattr(solution, k).tolist()), strict=True))
+        for k in ("lambdas", "reference", "reached", "bias")
+    }
+    figures = {"ess": solution.ess, "samples": samples, "residual": solution.residual}
+    write_atomically(path, json.dumps({**moments, **figures}, indent=2))
+    print(f"λ {moments['lambdas']} takes {moments['reference']} to {moments['reached']}; {figures}")
+    if solution.ess < 50 * len(names):
+        print(
+            f"warning: only {solution.ess:.0f} effective samples for {len(names)} moments; "
+            f"about {samples * 50 * len(names) / solution.ess:.0f} samples would give 50 each"
+        )
 
 
 def rewards_of(objective: Any, f: Divergence, log_a: Tensor, mask: Tensor, *by_text: Tensor) -> Callable[..., Tensor]:

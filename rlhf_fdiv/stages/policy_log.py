@@ -74,8 +74,10 @@ class Log:
             **{f"to_target.{name}": value for name, value in to_target.items()},
             "tokens": float(lengths.sum()),
         }
+        # a column of the data does not give way to a figure of its name, nor hide it
+        data = {f"data.{name}" if name in {"step", *scores} else name: column for name, column in texts.items()}
         rows = [
-            {"step": step, **{c: v[i] for c, v in texts.items()}, **{n: float(s[i]) for n, s in scores.items()}}
+            {"step": step, **{c: v[i] for c, v in data.items()}, **{n: float(s[i]) for n, s in scores.items()}}
             for i in batch.drawn.nonzero().squeeze(1).tolist()
         ]
         self.completions += gather_object(rows)

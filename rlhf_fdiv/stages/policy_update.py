@@ -17,79 +17,90 @@ from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.training import Mean, Training
 from rlhf_fdiv.targets import effective_sample_size
 
+Rescore = Callable[[Tensor, Tensor], Tensor]
+
 
 def update(
-    training: Training,
-    estimator: Any,
-    batch: Rollout,
-    rewards: Tensor,
-    seed: int,
-    rescore: Callable[[Tensor, Tensor], Tensor] | None = None,
+    training: Training, estimator: Any, batch: Rollout, rewards: Tensor, seed: int, rescore: Rescore | None = None
 ) -> dict[str, float]:
     """Trains on one rollout, `rewards` [B, T] by token; returns loss, grad_norm and the estimator's own figures.
 
     Where an estimator without clipping goes over it again, `rescore(log_pi, rows)` gives the rewards of the policy as it
     is by then, and weights π/μ make up for the samples being older: each epoch follows the objective's own gradient.
     """
-    options, mask, k = training.options, batch.sequences.mask, training.options.num_generations
-    old_values = None
-    old_log_probs: Tensor | None = batch.log_probs
+    mask = batch.sequences.mask
+    loss = Loss(training, estimator, batch, rewards, rescore)
     minibatches = min(getattr(estimator, "num_minibatches", 1), len(mask))
-    unclipped = estimator.clip_range is None and not estimator.value_head
-    scored_anew = unclipped and estimator.num_epochs > 1  # by whole groups, which micro-batches then may not mix
-    if estimator.value_head:
-        # by the forward that training uses
-        before = in_micro_batches(training.policy, batch.sequences, options.per_device_train_batch_size)
-        old_log_probs, old_values = before.log_probs, before.values
-    elif unclipped or estimator.num_epochs == 1:
-        old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
-    # of the completions of all processes together: whitening and figures must not depend on how they are shared out
-    whole = [training.gather(x) for x in (rewards, mask, old_values, batch.weights(options.max_importance_weight))]
-    all_rewards, all_masks, all_values, all_weights = whole
-    estimated = estimator(all_rewards, all_masks, k, all_values, all_weights)
-    advantages, returns = (training.own(x, mask) for x in estimated)
-    figures: dict[str, list[float]] = {"loss": [], "grad_norm": []}
-    if all_weights is not None:
-        figures["ess_importance"] = [float(effective_sample_size(all_weights.log()))]
-        figures["clipped_importance"] = [float((all_weights >= options.max_importance_weight).float().mean())]
-    first = torch.zeros_like(batch.log_probs)
-    mismatch, clipped = Mean(training), Mean(training)
-
-    def loss_of(rows: Tensor) -> Tensor:
-        sequences = batch.sequences[rows]
-        length = sequences.mask.shape[1]
-        part: list[Any] = [
-            None if x is None else x[rows, :length] for x in (old_log_probs, advantages, old_values, returns)
-        ]
-        old, advantage, old_value, goal = part
-        out = training.policy(sequences)
-        now = out.log_probs.detach()
-        old = now if old is None else old
-        if not figures["loss"]:  # before the first step rounding alone, or an engine's fault, lies between the two
-            first[rows, :length] = now
-            mismatch.add((now - batch.log_probs[rows, :length]).abs(), sequences.mask)
-        elif unclipped and rescore is not None:  # by how much it moved: rollout and update round differently
-            log_pi = batch.log_probs[rows, :length] + now - first[rows, :length]
-            cap = options.max_importance_weight
-            weights = importance_weights(sequence_sum(log_pi, sequences.mask), batch.log_mu[rows], cap)
-            advantage = estimator(rescore(log_pi, rows), sequences.mask, k, weights=weights).advantages
-        loss = policy_loss(out.log_probs, old, advantage, sequences.mask, estimator.clip_range)
-        if estimator.value_head:
-            loss = loss + estimator.value_loss(out.values, old_value, goal, sequences.mask)
-        if estimator.clip_range is not None:
-            clipped.add(out_of_range(now, old, estimator.clip_range), sequences.mask)
-        return loss
-
-    generator = torch.Generator().manual_seed(seed)
+    # where scores are taken anew it is by whole groups, which micro-batches of like length would mix
+    lengths = None if loss.unclipped and estimator.num_epochs > 1 else mask.sum(1).cpu()
+    generator, steps = torch.Generator().manual_seed(seed), []
     for _ in range(estimator.num_epochs):
         order = torch.randperm(len(mask), generator=generator) if minibatches > 1 else torch.arange(len(mask))
         for rows in order.tensor_split(minibatches):
-            loss, norm = training.step(rows, loss_of, None if scored_anew else mask.sum(1).cpu())
-            figures["loss"].append(loss)
-            figures["grad_norm"].append(norm)
-    figures["rollout_mismatch"] = [mismatch.of_all()]  # nats a token
-    if estimator.clip_range is not None:
-        figures["clip_fraction"] = [clipped.of_all()]
-    if estimator.value_head:
-        figures["explained_variance"] = [float(explained_variance(all_values, estimated.returns, all_masks))]
-    return {name: sum(values) / len(values) for name, values in figures.items()}
+            steps.append(training.step(rows, loss, lengths))
+            loss.first_step = False
+    mean_loss, grad_norm = (sum(values) / len(steps) for values in zip(*steps, strict=True))
+    return {"loss": mean_loss, "grad_norm": grad_norm, **loss.figures()}
+
+
+class Loss:
+    """The loss of some rows of a rollout, [b], before an update's first step or between its later ones."""
+
+    def __init__(
+        self, training: Training, estimator: Any, batch: Rollout, rewards: Tensor, rescore: Rescore | None
+    ) -> None:
+        self.policy, self.estimator, self.batch, self.rescore = training.policy, estimator, batch, rescore
+        self.k, self.cap = training.options.num_generations, training.options.max_importance_weight
+        self.unclipped = estimator.clip_range is None and not estimator.value_head
+        mask, self.old_values = batch.sequences.mask, None
+        self.old_log_probs: Tensor | None = batch.log_probs
+        if estimator.value_head:
+            # by the forward that training uses
+            before = in_micro_batches(training.policy, batch.sequences, training.options.per_device_train_batch_size)
+            self.old_log_probs, self.old_values = before.log_probs, before.values
+        elif self.unclipped or estimator.num_epochs == 1:
+            self.old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
+        # of the completions of all processes together: whitening and figures must not depend on how they are shared out
+        whole = [training.gather(x) for x in (rewards, mask, self.old_values, batch.weights(self.cap))]
+        self.estimated = estimator(*whole[:2], self.k, *whole[2:])
+        self.all_masks, self.all_values, self.all_weights = whole[1:]
+        self.advantages, self.returns = (training.own(x, mask) for x in self.estimated)
+        self.first_step, self.first_log_probs = True, torch.zeros_like(batch.log_probs)
+        self.mismatch, self.clipped = Mean(training), Mean(training)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        sequences, estimator = self.batch.sequences[rows], self.estimator
+
+        def part(x: Any) -> Any:
+            return None if x is None else x[rows, : sequences.mask.shape[1]]
+
+        out, advantage, sampled = self.policy(sequences), part(self.advantages), part(self.batch.log_probs)
+        now = out.log_probs.detach()
+        if self.first_step:  # until then rounding alone, or an engine's fault, lies between the two
+            self.first_log_probs[rows, : now.shape[1]] = now
+            self.mismatch.add((now - sampled).abs(), sequences.mask)
+        elif self.unclipped and self.rescore is not None:  # by how much it moved: rollout and update round differently
+            log_pi = sampled + now - part(self.first_log_probs)
+            weights = importance_weights(sequence_sum(log_pi, sequences.mask), self.batch.log_mu[rows], self.cap)
+            advantage = estimator(self.rescore(log_pi, rows), sequences.mask, self.k, weights=weights).advantages
+        old = now if self.old_log_probs is None else part(self.old_log_probs)
+        loss = policy_loss(out.log_probs, old, advantage, sequences.mask, estimator.clip_range)
+        if estimator.value_head:
+            loss = loss + estimator.value_loss(out.values, part(self.old_values), part(self.returns), sequences.mask)
+        if estimator.clip_range is not None:
+            self.clipped.add(out_of_range(now, old, estimator.clip_range), sequences.mask)
+        return loss
+
+    def figures(self) -> dict[str, float]:
+        """Of all processes, asked by all of them together after the last step."""
+        figures = {"rollout_mismatch": self.mismatch.of_all()}  # nats a token
+        if self.all_weights is not None:
+            figures["ess_importance"] = float(effective_sample_size(self.all_weights.log()))
+            figures["clipped_importance"] = float((self.all_weights >= self.cap).float().mean())
+        if self.estimator.clip_range is not None:
+            figures["clip_fraction"] = self.clipped.of_all()
+        if self.estimator.value_head:
+            figures["explained_variance"] = float(
+                explained_variance(self.all_values, self.estimated.returns, self.all_masks)
+            )
+        return figures
