@@ -63,6 +63,7 @@ def test_every_combination_is_an_ordinary_run_folder_and_shared_stages_run_once(
     assert (runs / "js-beta=0.5-seed=0" / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_cell_that_finished_with_another_config_is_named_and_not_taken_for_this_one(make, call):
     grid = {"divergence": ["js"]}
     assert call("ablate", str(make(POLICY, grid=grid)))[0] == 0

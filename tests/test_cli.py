@@ -130,6 +130,7 @@ def test_the_console_script_itself_prints_no_traceback():
     assert errors((made.returncode, made.stdout, made.stderr)) == ["gone.yaml: no such config file"]
 
 
+@pytest.mark.slow
 def test_a_reward_that_never_answers_prints_no_traceback_as_the_process_ends(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef score(prompts, completions, **columns):\n    time.sleep(99)\n")
     code = (

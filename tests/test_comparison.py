@@ -184,6 +184,7 @@ def in_a_browser(path):
         assert said == []
 
 
+@pytest.mark.slow
 def test_what_a_report_needs_and_lacks_is_named(make, call, monkeypatch):  # noqa: F811
     path = make(POLICY, grid={"divergence": ["js"]})
     assert call("ablate", str(path))[0] == 0

@@ -39,6 +39,7 @@ def test_captured_log_probs_are_those_of_a_fresh_forward(device, engine, chunk):
     assert torch.allclose(log_probs.double(), fresh, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_whole_run_trains_on_the_device(device, start, data, tmp_path, monkeypatch):
     made, trained_on = Training.__init__, []
 

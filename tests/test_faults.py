@@ -200,6 +200,7 @@ def flip(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "file"),
     [
@@ -222,6 +223,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, harm,
     require_whole(folder / "checkpoint-3")
 
 
+@pytest.mark.slow
 def test_with_no_checkpoint_that_can_be_read_the_run_stops_and_says_what_is_kept(stopped):
     folder, go_on = stopped
     for n in (1, 2, 3):
@@ -266,6 +268,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it_and_the_run_go
     assert [row["step"] for row in jsonl(run(config, *words).stage("policy") / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_data_that_changed_since_a_stage_began_is_named_before_it_goes_on(config, tmp_path, data):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(Path(data["prompts_train"]).read_text())
@@ -342,6 +345,7 @@ def locks(prompts, completions, **columns):
     return [0.0] * len(completions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "in the second step"])
 def test_a_folder_that_is_read_only_is_named_with_what_is_kept_and_the_run_goes_on_once_it_is_not(
     config, tmp_path, monkeypatch, when
@@ -402,6 +406,7 @@ def by_http(prompts, completions, **columns):
         return json.load(answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"), [("dies", "RemoteDisconnected"), ("hangs", "TimeoutError: no answer within 0.5 s")]
 )

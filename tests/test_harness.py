@@ -131,6 +131,7 @@ def test_mauve_tells_a_model_from_the_data_and_not_the_data_from_itself():
     assert metrics.mauve(one, two, 0) == metrics.mauve(one, two, 0), "by a fixed seed"
 
 
+@pytest.mark.slow
 @installed("mauve")
 def test_evaluate_reports_mauve_with_the_number_of_its_texts(config):
     folder = tiny.run(config, "evaluate.mauve=true", "evaluate.num_generations=8").path

@@ -102,6 +102,7 @@ def test_without_an_evaluation_the_card_says_so(tmp_path):
         assert ("forward_kl" if stage != "policy" else "reverse_kl") in loaded.data.tags
 
 
+@pytest.mark.slow
 def test_a_card_is_written_with_its_training_and_completed_with_what_was_measured(tmp_path):
     for name in ("resolved_config.yaml", "manifest.json"):
         shutil.copyfile(QUICKSTART / name, tmp_path / name)

@@ -152,6 +152,7 @@ def test_atoms_of_zero_are_no_obstacle(share):
     assert all(math.isfinite(row["objective"]) and math.isfinite(row["has_1"]) for row in quasi)
 
 
+@pytest.mark.slow
 def test_the_report_puts_the_policy_beside_them(start, data, tmp_path):
     raw = tiny.raw_config(start, data, tmp_path / "runs") | {"stages": ["policy", "evaluate"], "report_to": "none"}
     raw["scorers"] = {"praise": {"name": "pattern", "pattern": tiny.PATTERN}}

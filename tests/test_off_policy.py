@@ -41,6 +41,7 @@ from rlhf_fdiv.objectives import Match, Regularise, token_rewards
 from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
 from rlhf_fdiv.sequences import Sequences, sequence_sum
 from rlhf_fdiv.stages import policy as policy_stage
+from rlhf_fdiv.stages import policy_rollout
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training, launch
 from rlhf_fdiv.targets import LogPartition
@@ -453,6 +454,7 @@ def seen(monkeypatch):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("engine", ["cached", "generate"])
 def test_a_run_draws_its_share_from_the_reference_and_logs_the_policys_own_alone(policy, seen, model, engine):
@@ -503,6 +505,7 @@ def test_a_run_draws_its_share_from_the_reference_and_logs_the_policys_own_alone
     assert of_all != pytest.approx(rows[-1]["kl_reference"], abs=1e-3), "all samples together say something else"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("engine", ["cached", "generate"])
 def test_what_is_not_the_policys_own_was_drawn_from_the_reference(policy, monkeypatch, model, engine):
@@ -521,6 +524,7 @@ def test_what_is_not_the_policys_own_was_drawn_from_the_reference(policy, monkey
         assert swapped > 0.1
 
 
+@pytest.mark.slow
 def test_a_warm_start_asks_the_reference_about_every_prompt(policy):
     without, out = (policy(f"policy.warm_start_generations={n}", f"name=warm{n}") for n in (0, 5))
     kept = json.loads((out / "checkpoint-4" / "policy_state.json").read_text())["log_partition"]["reference"]
@@ -530,17 +534,18 @@ def test_a_warm_start_asks_the_reference_about_every_prompt(policy):
     assert jsonl(out / "metrics.jsonl")[0]["log_z"] != jsonl(without / "metrics.jsonl")[0]["log_z"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 def test_log_probs_and_weights_are_the_trained_models_not_the_engines(policy, monkeypatch, model):
     """What the reference drew has to be scored by the policy, and what an engine claims does not enter."""
     honest = policy(SHARE, model, "name=honest", "policy.max_steps=2")
-    draw = policy_stage.sample_each
+    draw = policy_rollout.sample_each
 
     def liar(*args):
         sequences, log_probs, entropy = draw(*args)
         return sequences, log_probs - 1, entropy
 
-    monkeypatch.setattr(policy_stage, "sample_each", liar)
+    monkeypatch.setattr(policy_rollout, "sample_each", liar)
     lied = policy(SHARE, model, "name=lied", "policy.max_steps=2")
     assert without_time(jsonl(honest / "metrics.jsonl")) == without_time(jsonl(lied / "metrics.jsonl"))
 
@@ -552,7 +557,7 @@ def test_a_share_of_zero_is_the_on_policy_path_bit_for_bit(policy, monkeypatch, 
     def unused(*args):
         raise AssertionError("nothing is to be weighted on policy")
 
-    monkeypatch.setattr(policy_stage, "sample_each", unused)
+    monkeypatch.setattr(policy_rollout, "sample_each", unused)
     monkeypatch.setattr(Rollout, "off_policy", unused)
     monkeypatch.setattr("rlhf_fdiv.rollout.importance_weights", unused)
     zero = policy(model, "policy.reference_share=0.0", "name=zero")
@@ -560,6 +565,7 @@ def test_a_share_of_zero_is_the_on_policy_path_bit_for_bit(policy, monkeypatch, 
     assert not {"ess_importance", "clipped_importance"} & jsonl(zero / "metrics.jsonl")[0].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 def test_a_share_that_nobody_falls_into_is_the_on_policy_path_up_to_rounding(policy, model):
     plain, tiny_share = policy(model, "name=plain"), policy(model, "policy.reference_share=1e-9", "name=tiny")
@@ -796,6 +802,7 @@ def test_a_visit_weighs_as_much_as_the_step_before_covered_of_the_reference():
     assert found.tolist() == pytest.approx([4 + (9 - 4) / 2, (0.5 * 6 + 9) / 1.5]), "weights add up to 2 at most"
 
 
+@pytest.mark.slow
 def test_the_weights_leave_the_estimate_of_z_unbiased():
     """Four prompts, five steps of a policy that moves away from the reference, 3,000 times over."""
     log_a, tilt, log_z = (x[:4] for x in world())

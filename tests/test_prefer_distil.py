@@ -418,6 +418,7 @@ def test_steps_are_those_of_gradient_descent_on_the_plain_formula(prefer, start,
     assert away(weights(out / "model"), weights(Path(start))) > 1e-2
 
 
+@pytest.mark.slow
 def test_pairs_that_the_raters_turn_round_are_learnt_the_other_way(prefer, start, tmp_path):
     """After `plot` they like `good`, after `cast` they do not, .1 for it; both kinds in the same batches."""
     rows = [
@@ -530,6 +531,7 @@ RESUMES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "step"), [(case, 3) for case in RESUMES] + [("lora", 1)])
 def test_training_on_pairs_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(prefer, monkeypatch, case, step):
     """Stopped before the first checkpoint, and after it: the reference is still the model at the start."""
@@ -670,6 +672,7 @@ def trl_losses(*args, **settings):
     return torch.stack([trainer.compute_loss(trainer.model, b) for b in trainer.get_eval_dataloader()]).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRLS)
 def test_training_and_loss_are_those_of_trl(prefer, start, tmp_path, case):
     """Three steps of the stage and of DPOTrainer from the same model end in the same weights, and there both give the
@@ -740,6 +743,7 @@ def test_where_trls_forward_kl_is_nan_ours_is_finite(start, tmp_path):
     assert torch.allclose(ours[both_near], losses[both_near], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.1, 0.3])
 def test_label_smoothing_is_trls_cdpo_and_stands_to_its_robust_dpo_as_it_must(prefer, start, tmp_path, epsilon):
     """TRL's cDPO is `aot_unpaired` of one pair at a time. With ℓ = sigmoid's loss and r that of robust,
@@ -756,6 +760,7 @@ def test_label_smoothing_is_trls_cdpo_and_stands_to_its_robust_dpo_as_it_must(pr
     assert abs(ours - losses["robust"]) > 0.02
 
 
+@pytest.mark.slow
 def test_a_soft_label_is_the_mean_of_trls_loss_over_the_raters(prefer, start, tmp_path):
     """c of them for the pair as it stands and 1 − c for the pair turned round."""
     c = shares(7, 8)
@@ -776,6 +781,7 @@ def evaluated(folder):
     return json.loads((folder / "evaluate" / "metrics.json").read_text()), (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_evaluate_needs_no_scorer_after_prefer(prefer):
     folder = prefer("stages=[prefer, evaluate]", "divergence=chi_mix").parent
     report, text = evaluated(folder)
@@ -792,6 +798,7 @@ def test_evaluate_needs_no_scorer_after_prefer(prefer):
     assert (folder / "evaluate" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_evaluate_after_prefer_scores_with_a_reward_model_that_training_never_saw(prefer):
     scorers = "scorers={reward: {name: reward_model}, words: {name: length, scale: 4}}"
     folder = prefer(scorers, "stages=[reward, prefer, evaluate]", "prefer.max_steps=40").parent
@@ -1136,6 +1143,7 @@ DISTIL_RESUMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "step"), [(case, 3) for case in DISTIL_RESUMES] + [("both, full", 1)])
 def test_distillation_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(distil, monkeypatch, case, step):
     unbroken = distil(*DISTIL_RESUMES[case], "name=unbroken")
@@ -1200,6 +1208,7 @@ def test_the_loss_of_the_stage_is_trls_gkd_on_the_same_texts(distil, start, teac
     assert jsonl(out / "metrics.jsonl")[0]["loss"] == pytest.approx(2 * float(by_token) / 18, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_after_distil_reports_the_divergence_to_the_teacher(distil, start, teacher, data):
     """On the student's own held-out texts, drawn again here: k1 of student and teacher by plain transformers."""
     out = distil("stages=[distil, evaluate]", FULL, "evaluate.num_generations=8", "distil.learning_rate=3e-4")

@@ -18,6 +18,7 @@ def resolved(name):
     return yaml.safe_load(done.stdout)
 
 
+@pytest.mark.slow
 def test_ppo_rlhf_and_gdc_differ_by_the_choice_alone():
     ppo, rlhf, gdc = (resolved(name) for name in ("ppo", "rlhf", "gdc"))
     for other in (rlhf, gdc):

@@ -78,6 +78,7 @@ def test_what_is_kept_comes_after_the_new_with_the_policy_of_now_and_the_weight_
             assert whole is new
 
 
+@pytest.mark.slow
 def test_the_mean_over_all_that_two_policies_may_have_drawn_is_the_exact_gradient():
     """All pairs of texts of one prompt, from the policy and from an earlier one: each half by itself is unbiased."""
     f, now, then = divergences.get("js"), moving(0.2), moving(0.0)

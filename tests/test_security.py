@@ -42,6 +42,7 @@ def test_a_model_that_has_only_a_pickle_is_refused_and_not_opened(start, tmp_pat
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_pickles_were_exchanged_is_named_and_they_are_not_opened(start, data, tmp_path):
     raw = tiny.raw_config(start, data, tmp_path) | {"stages": ["policy"], "report_to": "none"}
     raw["scorers"] = {"praise": {"name": "pattern", "pattern": tiny.PATTERN}}
@@ -83,6 +84,7 @@ def test_the_source_opens_no_pickle_trusts_no_remote_code_and_evaluates_nothing(
         assert not re.search(r"\bimport pickle\b|torch\.load\(|trust_remote_code|(?<![.\w])(eval|exec)\(", text), path
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_is_written(start, data, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_test")
     monkeypatch.setenv("WANDB_API_KEY", "wandb_secret_of_the_test")

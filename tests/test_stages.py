@@ -77,6 +77,7 @@ def test_a_tracker_without_its_package_is_named_before_anything_runs(config, mon
     )
 
 
+@pytest.mark.slow
 def test_a_run_tells_wandb_what_it_writes(policy, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = policy("report_to=wandb", "policy.save_steps=2", "policy.max_steps=2")
@@ -391,6 +392,7 @@ def test_reuse_takes_sft_and_reward_from_another_run_and_refuses_another_one(who
 # -- 4. every combination runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_rloo_matches_a_tilted_target_under_every_divergence(policy, name, start):
     out = policy(f"divergence={name}", "policy.max_steps=2")
@@ -398,6 +400,7 @@ def test_rloo_matches_a_tilted_target_under_every_divergence(policy, name, start
     assert away(weights(out / "model"), weights(Path(start))) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "js", "tv", "pearson_chi2", "jeffreys"])
 def test_regularise_runs_under_any_divergence(policy, name):
     out = policy(f"divergence={name}", "objective=regularise", "policy.max_steps=2")
@@ -422,6 +425,7 @@ def test_grpo_with_two_epochs(policy):
     assert all("clip_fraction" in row for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
 def test_rloo_with_two_epochs(policy, divergence):
     """A first epoch is what one epoch is; a second moves on from there, in micro-batches as in one."""
@@ -441,6 +445,7 @@ def test_reinforce(policy):
     checked(policy("estimator=reinforce", "divergence=js", "policy.max_steps=2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "js", "alpha", "tv", "hellinger", "neyman_chi2", "skew_js"])
 def test_a_pointwise_target_with_atoms_of_zero(policy, name):
     """log Z is −inf for a prompt without one good text so far: declared, not nan."""
@@ -477,6 +482,7 @@ def test_moments_out_of_reach_are_told_with_the_reachable_range(policy):
     assert "reachable range" in message
 
 
+@pytest.mark.slow
 def test_a_product_of_tilted_and_moments_and_a_floored_constraint(policy):
     product = (
         "{name: product, of: [{name: tilted, reward: words, beta: 2}, "
@@ -489,6 +495,7 @@ def test_a_product_of_tilted_and_moments_and_a_floored_constraint(policy):
     assert json.loads((out / "target.json").read_text())["reached"]["praise"] == pytest.approx(0.5, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("engine", ["cached", "generate"])
@@ -501,6 +508,7 @@ def test_model_kinds_and_engines(policy, model, dtype, engine, start):
     assert away(weights(out / "model"), weights(Path(start))) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 def test_logits_by_chunks_train_the_same_policy(policy, model):
     runs = [policy(model, f"name=by{n}", f"policy.logprob_chunk={n}", "policy.max_steps=3") for n in (0, 5)]
@@ -547,6 +555,7 @@ def test_evaluate_of_a_target_with_atoms_of_zero(policy):
     assert isinstance(report["policy"]["kl_reference"], float)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "few",
     ["evaluate.num_prompts=1", "evaluate.num_generations=1"],
@@ -558,6 +567,7 @@ def test_evaluate_of_hardly_anything_still_writes_its_report(policy, few):
         assert report["paired"]["praise_gain_se"] is None, "one prompt has no standard error"
 
 
+@pytest.mark.slow
 def test_one_text_alone_cannot_be_measured_and_this_is_told(policy):
     """Not by a traceback from the estimator."""
     (message,) = problems(policy, "stages=[policy, evaluate]", "evaluate.num_prompts=1", "evaluate.num_generations=1")
@@ -566,6 +576,7 @@ def test_one_text_alone_cannot_be_measured_and_this_is_told(policy):
     assert "policy.num_generations" in message
 
 
+@pytest.mark.slow
 def test_prompts_without_references_and_no_held_out_text_are_fine(policy, tmp_path):
     rows = write_rows(tmp_path / "plain.jsonl", [{"prompt": f"film : {t} review :"} for t in FILMS])
     report = evaluated(
@@ -578,6 +589,7 @@ def test_prompts_without_references_and_no_held_out_text_are_fine(policy, tmp_pa
 # -- 5. sft and reward -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 2])
 def test_sft_with_forward_kl_is_plain_trl(config, start, data, batches):
     """The same weights as SFTTrainer's own cross-entropy, with arguments written out here."""
@@ -599,6 +611,7 @@ def test_sft_with_forward_kl_is_plain_trl(config, start, data, batches):
     assert away(weights(made), weights(made.parent / "plain")) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["{name: alpha, alpha: 0.3}", "hellinger", "tv", "js"])
 def test_sft_under_other_divergences(config, name, start):
     out = run(config(), "stages=[sft]", f"sft.divergence={name}", "sft.max_steps=20").path / "sft"
@@ -608,6 +621,7 @@ def test_sft_under_other_divergences(config, name, start):
     assert away(weights(out / "model"), weights(Path(start))) > 1e-2
 
 
+@pytest.mark.slow
 def test_sft_that_was_stopped_goes_on_to_the_same_weights(config, monkeypatch):
     from rlhf_fdiv.stages import sft
 
@@ -767,6 +781,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(policy, unb
     assert_same_outcome(policy(*RESUMES[case], "name=broken"), goal)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_after_its_last_checkpoint_still_writes_its_model(policy, unbroken, monkeypatch):
     goal = unbroken(policy, "rloo-lora")
     monkeypatch.setattr("rlhf_fdiv.stages.training.save_policy", lambda *args: (_ for _ in ()).throw(Stopped))
@@ -776,6 +791,7 @@ def test_a_run_that_was_stopped_after_its_last_checkpoint_still_writes_its_model
     assert_same_outcome(policy(*RESUMES["rloo-lora"], "name=broken"), goal)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_while_it_saved_goes_on_from_the_checkpoint_before(policy, monkeypatch):
     unbroken = policy("policy.save_steps=1", "name=unbroken")
 
@@ -793,6 +809,7 @@ def test_a_run_that_was_stopped_while_it_saved_goes_on_from_the_checkpoint_befor
     assert sorted(p.name for p in broken.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_each_step_once_in_tensorboard(policy, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -806,6 +823,7 @@ def test_a_resumed_run_shows_each_step_once_in_tensorboard(policy, monkeypatch):
     assert [e.step for e in events.Scalars("objective")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_checkpoint_shows_each_step_once_in_tensorboard(policy, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -941,6 +959,7 @@ COLUMNS = """
 """
 
 
+@pytest.mark.slow
 def test_a_users_function_reads_the_columns_of_the_prompts_in_training_and_evaluation(policy, tmp_path, monkeypatch):
     name = module(tmp_path, monkeypatch, COLUMNS, "their_columns")
     out = policy(
@@ -952,12 +971,16 @@ def test_a_users_function_reads_the_columns_of_the_prompts_in_training_and_evalu
     assert 0 <= report["policy"]["theirs"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["names", "length"])
 def test_columns_of_any_name_reach_a_users_function_and_never_replace_the_completions(
     policy, tmp_path, monkeypatch, function
 ):
     name = module(tmp_path, monkeypatch, COLUMNS, "their_names")
-    rows = [{"prompt": f"film : {t} review :", "names": "x", "completions": "good " * 40} for t in FILMS]
+    rows = [
+        {"prompt": f"film : {t} review :", "names": "x", "completions": "good " * 40, "step": 7, "theirs": "kept"}
+        for t in FILMS
+    ]
     out = policy(
         f"scorers.theirs={{name: function, path: '{name}:{function}'}}",
         f"data.prompts_train={write_rows(tmp_path / 'named.jsonl', rows)}",
@@ -967,6 +990,10 @@ def test_columns_of_any_name_reach_a_users_function_and_never_replace_the_comple
     for row in checked(out):
         assert row["theirs"] <= 6
         assert function == "length" or row["theirs"] == 1
+    table = pd.read_parquet(out / "completions")
+    found = {name: {*table[name]} for name in ("step", "data.step", "data.theirs")}
+    assert found == {"step": {1, 2}, "data.step": {7}, "data.theirs": {"kept"}}
+    assert table["theirs"].dtype == float
 
 
 # -- 8. bad input ------------------------------------------------------------------------------------------------------
@@ -1091,6 +1118,7 @@ def test_a_missing_reward_stage_is_told_before_any_model_loads(config, start, no
     assert "reward stage" in message
 
 
+@pytest.mark.slow
 def test_a_scorer_that_the_target_does_not_use_need_not_be_there(config, start):
     """A stage can start from something made elsewhere: the run's own reward model is not asked for."""
     out = run(config(), "stages=[policy]", f"policy.model={start}", "target.reward=praise").path / "policy"

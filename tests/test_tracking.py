@@ -310,6 +310,7 @@ def test_tensorboard_holds_the_same_names(tmp_path):
 ROWS = [{"step": 2, "prompts": "film <b>", "completions": "a | b\nc", "reward": 0.5, "references": ["x"]}]
 
 
+@pytest.mark.slow
 def test_every_tracker_gets_the_same_names_and_the_completions(tmp_path, monkeypatch):
     """wandb offline and trackio, read back by their own readers."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))

@@ -79,7 +79,7 @@ from rlhf_fdiv.reward_models import HeadReward, HiddenStates, load_reward_model
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
 from rlhf_fdiv.sequences import Sequences, sequence_sum
 from rlhf_fdiv.stages import policy as policy_stage
-from rlhf_fdiv.stages import policy_update, sft
+from rlhf_fdiv.stages import policy_rollout, policy_update, sft
 from rlhf_fdiv.stages.policy import self_check
 from rlhf_fdiv.stages.training import Training
 from rlhf_fdiv.targets import DualAscent, LogPartition
@@ -254,7 +254,7 @@ def test_a_model_with_dropout_trains_as_one_without(made, policy, monkeypatch, a
     monkeypatch.setattr(Training, "step", step)
     if len(args) > 1:
         monkeypatch.setattr(policy_update, "in_micro_batches", scoring)
-        monkeypatch.setattr(policy_stage, "in_micro_batches", scoring)
+        monkeypatch.setattr(policy_rollout, "in_micro_batches", scoring)
         assert rows_of(policy(made(architecture, 0.3), *args)) != rows_of(plain)
 
 
@@ -262,7 +262,7 @@ def test_a_model_with_dropout_trains_as_one_without(made, policy, monkeypatch, a
 @full_or_lora
 @pytest.mark.parametrize("where", ["rollout", "reference", "policy"])
 def test_dropout_put_back_is_found(made, policy, monkeypatch, architecture, model, where):
-    load, draw = policy_stage.load_policy, policy_stage.sample
+    load, draw = policy_stage.load_policy, policy_rollout.sample
 
     def loaded(*args):
         policy, reference = load(*args)
@@ -273,7 +273,10 @@ def test_dropout_put_back_is_found(made, policy, monkeypatch, architecture, mode
         with in_train_mode(lm):
             return draw(lm, *args)
 
-    monkeypatch.setattr(policy_stage, *(("sample", drawn) if where == "rollout" else ("load_policy", loaded)))
+    if where == "rollout":
+        monkeypatch.setattr(policy_rollout, "sample", drawn)
+    else:
+        monkeypatch.setattr(policy_stage, "load_policy", loaded)
     message = problem(policy, made(architecture, 0.3), model)
     assert message.startswith("self-check: ")
     assert "ropout" in message
@@ -290,7 +293,7 @@ def without_positions(module, args, kwargs):
 @pytest.mark.parametrize("where", ["scoring", "rollout"])
 def test_positions_that_ignore_left_padding_are_found(made, policy, monkeypatch, model, where):
     """With GPT-2, whose positions are absolute; rotary ones are relative, and a shift of all of them changes nothing."""
-    inputs, draw = Sequences.model_inputs, policy_stage.sample
+    inputs, draw = Sequences.model_inputs, policy_rollout.sample
 
     def drawn(lm, *args):
         base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
@@ -305,7 +308,7 @@ def test_positions_that_ignore_left_padding_are_found(made, policy, monkeypatch,
             Sequences, "model_inputs", lambda self: {k: v for k, v in inputs(self).items() if k != "position_ids"}
         )
     else:
-        monkeypatch.setattr(policy_stage, "sample", drawn)
+        monkeypatch.setattr(policy_rollout, "sample", drawn)
     assert "positions under left padding" in problem(policy, made("gpt2"), model)
 
 
@@ -369,6 +372,7 @@ def test_an_eos_that_is_swallowed_in_the_mask_is_found(monkeypatch, engine):
         text_log_probs()
 
 
+@pytest.mark.slow
 def test_sft_with_pad_as_eos_learns_to_end(made, data, tmp_path, monkeypatch):
     def trained(start):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
@@ -655,8 +659,8 @@ def test_a_model_in_bfloat16_is_near_enough_to_its_own_rollout(engine):
 
 @full_or_lora
 def test_a_rollout_in_bfloat16_is_found(made, policy, monkeypatch, model):
-    draw = policy_stage.sample
-    monkeypatch.setattr(policy_stage, "sample", lambda lm, *args: draw(copy.deepcopy(lm).bfloat16(), *args))
+    draw = policy_rollout.sample
+    monkeypatch.setattr(policy_rollout, "sample", lambda lm, *args: draw(copy.deepcopy(lm).bfloat16(), *args))
     assert "another dtype in the rollout" in problem(policy, made(), model)
 
 
@@ -664,7 +668,7 @@ def test_a_rollout_in_bfloat16_is_found(made, policy, monkeypatch, model):
 @pytest.mark.parametrize("estimator", ["rloo", "{name: ppo, num_epochs: 1}", "{name: grpo, num_epochs: 1}"])
 def test_the_engines_log_probs_do_not_enter_the_ratio(made, policy, monkeypatch, dtype, estimator):
     """Before the first optimiser step of a rollout the ratio is 1 exactly, whatever an engine claims of its samples."""
-    ratios, loss, draw = [], policy_update.policy_loss, policy_stage.sample
+    ratios, loss, draw = [], policy_update.policy_loss, policy_rollout.sample
 
     def watched(log_probs, old, *rest):
         ratios.append((log_probs - old).exp())
@@ -675,7 +679,7 @@ def test_the_engines_log_probs_do_not_enter_the_ratio(made, policy, monkeypatch,
         return sequences, log_probs - 0.5 * sequences.mask, entropy
 
     monkeypatch.setattr(policy_update, "policy_loss", watched)
-    monkeypatch.setattr(policy_stage, "sample", noisy)
+    monkeypatch.setattr(policy_rollout, "sample", noisy)
     args = (f"model.dtype={dtype}", f"estimator={estimator}", "objective=regularise", "policy.max_steps=1",
             "policy.per_device_train_batch_size=16")  # fmt: skip
     assert "rollout and a fresh forward differ" in problem(policy, made(), *args)
@@ -824,14 +828,15 @@ def forget(monkeypatch, what):
         order = policy_stage.row_order
         monkeypatch.setattr(policy_stage, "row_order", lambda seed, step, *rest: order(seed, max(step - 2, 0), *rest))
     if what == "noise":
-        noise = policy_stage.uniforms
-        monkeypatch.setattr(policy_stage, "uniforms", lambda seed, step, *rest: noise(seed, step - 2, *rest))
+        noise = policy_rollout.uniforms
+        monkeypatch.setattr(policy_rollout, "uniforms", lambda seed, step, *rest: noise(seed, step - 2, *rest))
     if what == "log Z":
         monkeypatch.setattr(LogPartition, "load_state_dict", lambda self, state: None)
     if what == "weights":
         monkeypatch.setattr("accelerate.Accelerator.load_state", lambda *args, **kwargs: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", [None, "reference", "optimiser", "schedule", "prompts", "noise", "log Z", "weights"], ids=str
 )

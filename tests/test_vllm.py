@@ -128,6 +128,7 @@ def test_after_a_sync_the_servers_log_probs_are_the_policys(toy_server, lora, tm
     assert [path.name for path in tmp_path.iterdir()] == ["served"], "the weights do not stay on the disk"
 
 
+@pytest.mark.slow
 def test_weights_make_what_another_model_drew_a_sample_of_the_policy(toy_server):
     """E[log π], by samples of a server that is sharper than the policy."""
     lm, served, client = toy_server
@@ -208,6 +209,7 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not_on_another_server_to
     assert same(weights(whole / "model"), weights(out / "model"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [10.0, 1.01])
 def test_what_a_server_of_other_precision_drew_is_weighted_and_the_mismatch_is_logged(policy, server, monkeypatch, cap):
     server.sharper, kept, log = 1.05, [], policy_stage.Log.step
