@@ -685,8 +685,11 @@ def test_training_and_loss_are_those_of_trl(prefer, start, tmp_path, case):
     trainer = trl_trainer(start, start, pairs(), tmp_path / "trl", **settings)
     trainer.train()
     theirs = {k: v for k, v in trainer.model.state_dict().items() if k in weights(out / "model")}
-    assert away(weights(out / "model"), weights(Path(start))) > 1e-2
-    assert away(weights(out / "model"), theirs) <= 1e-6
+    moved = away(weights(out / "model"), weights(Path(start)))
+    assert moved > 1e-2
+    assert away(weights(out / "model"), theirs) <= 1e-4 * moved, (
+        "log-probs in float32 are within 1e-6, f' of them times |α|"
+    )
     (loss,) = trl_losses(out / "model", start, pairs()[3:10], tmp_path / "trl", **settings)
     ours = json.loads((out / "accuracy.json").read_text())["loss"]
     assert ours == pytest.approx(float(loss), abs=1e-6)
