@@ -92,7 +92,8 @@ def own_registry(monkeypatch):
 
 
 @of_page("python")
-def test_every_python_block_runs(page, texts):
+def test_every_python_block_runs(page, texts, monkeypatch):
+    monkeypatch.chdir(ROOT)
     names_of(page)
 
 
@@ -113,7 +114,7 @@ def test_every_yaml_block_is_a_config(page, texts, tmp_path, monkeypatch):
         else:
             raw = yaml.safe_load(block)
             base = "" if {"base", "model"} & raw.keys() else "base: configs/quickstart.yaml\n"
-            path = tmp_path / "of_the_page.yaml"
+            path = tmp_path / f"{raw.get('name', 'of_the_page')}.yaml"  # which a later one may be based on
             path.write_text(base + block, encoding="utf-8")
             configs.load(path)
 
@@ -157,12 +158,17 @@ def _plain(line):
 
 
 @of_page("code", "inline")
-def test_every_command_is_one(page, texts, monkeypatch):
+def test_every_command_is_one(page, texts, monkeypatch, tmp_path):
     """Everything but the run itself: programs, options, files, extras, and the configs with their overrides."""
     monkeypatch.chdir(ROOT)
+    own = {}  # the configs that the page itself shows
+    for block in (text for kind, text in parts(page) if kind == "yaml"):
+        if named := re.match(r"name: (\w+)\n", block):
+            own[f"{named[1]}.yaml"] = tmp_path / f"{named[1]}.yaml"
+            own[f"{named[1]}.yaml"].write_text(block, encoding="utf-8")
     for kind, text in parts(page):
         if kind in ("code", "inline"):
-            for words in commands(kind, text):
+            for words in ([str(own.get(word, word)) for word in line] for line in commands(kind, text)):
                 for alternative in words[1].split("|") if len(words) > 1 else ("",):
                     check(words[:1] + [alternative] * (len(words) > 1) + words[2:])
 
