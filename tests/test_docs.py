@@ -1,8 +1,9 @@
-"""What the documents show is what there is: Python runs, YAML is a config, commands parse, keys exist, links lead somewhere."""
+"""The documents show what there is: Python runs, YAML is a config, commands parse, keys exist, links lead somewhere."""
 
 import dataclasses
 import functools
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -36,8 +37,9 @@ NOT_RUN = {
     "wandb sync": "uploads",
     "apt install": "of the machine",
     "jupytext --sync": "tests/test_notebooks.py holds what it syncs",
-    "task:": "a task file of lm-eval, of the form that tests/test_harness.py runs",
 }
+NO_CONFIGS = {"task:": "a task file of lm-eval, of the form that tests/test_harness.py runs"}
+PROGRAMS = ("rlhf-fdiv", "make", "accelerate", "pip", "python", "pytest", ".ci/run", *(x.split()[0] for x in NOT_RUN))
 FILLED_IN = {  # what a reader fills in
     "CONFIG": "configs/quickstart.yaml",
     "NAME": "quickstart",
@@ -68,11 +70,11 @@ def tokens(page):
 
 
 def parts(page):
-    """(kind, text) of every block and span of code: python, yaml, text, code for any other block, inline."""
+    """(kind, text) of every block and span of code: by its language, `shell` for a block without one, `inline`."""
     for token in tokens(page):
         if token.type in ("fence", "code_block"):
-            kind = token.info.strip()
-            yield kind if kind in ("python", "yaml", "text") else "code", token.content
+            kind = token.info.strip() or "shell"
+            yield "shell" if kind in ("bash", "sh", "console") else kind, token.content
         elif token.type == "code_inline":
             yield "inline", token.content
 
@@ -97,13 +99,20 @@ def test_every_python_block_runs(page, texts, monkeypatch):
     names_of(page)
 
 
+@of_page("json", "jsonl")
+def test_every_json_block_is_json(page, texts):
+    for text in texts:
+        for row in text.splitlines() if not text.startswith(("[", "{\n")) else [text]:
+            json.loads(row)
+
+
 @of_page("yaml")
 def test_every_yaml_block_is_a_config(page, texts, tmp_path, monkeypatch):
     """A whole one, an ablation, or keys on top of the quickstart; `mypkg.mod:name` is what the page's Python defines."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for block in texts:
-        if block.startswith(tuple(NOT_RUN)):
+        if block.startswith(tuple(NO_CONFIGS)):
             continue
         for module in re.findall(r"([\w.]+):[A-Z]\w*", block):
             monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names_of(page)))
@@ -128,26 +137,14 @@ def every_value(path, *overrides):
         assert grid.grid_cells(dataclasses.replace(ablation, grid=only))
 
 
-PROGRAMS = (
-    "rlhf-fdiv",
-    "make",
-    "accelerate",
-    "pip",
-    "python",
-    ".ci/run",
-    "pytest",
-    *(name.split()[0] for name in NOT_RUN),
-)
-
-
 def commands(kind, text):
     """The commands of a block or a span of code, as words; a line of a block that is none must be a formula."""
     for line in text.replace("\\\n", " ").splitlines():
         line = re.sub(r"^(\$ |(\w+=\S+ )*)(\.venv/bin/|bash )?", "", line.strip())
-        if line.startswith(PROGRAMS) and not re.match(r"[\w.-]+[^\s\w.-]", line):
+        if re.split(r"\s", line)[0] in PROGRAMS:
             for one in re.split(r" \| | && ", line):
-                yield [FILLED_IN.get(word, word) for word in shlex.split(_plain(one), comments=True)]
-        elif kind == "code":
+                yield shlex.split(_plain(one), comments=True)
+        elif kind == "shell":
             assert not line or not line.isascii(), f"{line!r} is neither a command of {PROGRAMS} nor a formula"
 
 
@@ -157,7 +154,7 @@ def _plain(line):
     return re.sub(r"\b[A-Z_]{1,}\b(?![=_])", lambda m: FILLED_IN.get(m[0], m[0]), line)
 
 
-@of_page("code", "inline")
+@of_page("shell", "inline")
 def test_every_command_is_one(page, texts, monkeypatch, tmp_path):
     """Everything but the run itself: programs, options, files, extras, and the configs with their overrides."""
     monkeypatch.chdir(ROOT)
@@ -167,7 +164,7 @@ def test_every_command_is_one(page, texts, monkeypatch, tmp_path):
             own[f"{named[1]}.yaml"] = tmp_path / f"{named[1]}.yaml"
             own[f"{named[1]}.yaml"].write_text(block, encoding="utf-8")
     for kind, text in parts(page):
-        if kind in ("code", "inline"):
+        if kind in ("shell", "inline"):
             for words in ([str(own.get(word, word)) for word in line] for line in commands(kind, text)):
                 for alternative in words[1].split("|") if len(words) > 1 else ("",):
                     check(words[:1] + [alternative] * (len(words) > 1) + words[2:])
@@ -186,10 +183,8 @@ def check(words):
         if file := given.get("grid"):
             every_value(file, *(given["overrides"] or []))
         elif command.params[0].name == "config":
-            file, stage = (
-                given["config_option"] or given["config"],
-                [f"stages=[{x}]" for x in rest[:1] if x in configs.STAGES],
-            )
+            file = given["config_option"] or given["config"]
+            stage = [f"stages=[{x}]" for x in rest[:1] if x in configs.STAGES]
             if file == FILLED_IN["CONFIG"] and rest[0] in ("prefer", "distil"):
                 file = f"configs/{rest[0]}.yaml"
             configs.load(file, [*(given["overrides"] or []), *stage])
@@ -225,7 +220,7 @@ def test_what_only_tells_is_run(call, words):
 
 def toy_runs():
     """The commands of the pages that run the toy, whose language is small enough to run it here too."""
-    found = [words for page in PAGES for kind, text in parts(page) if kind == "code" for words in commands(kind, text)]
+    found = [words for page in PAGES for kind, text in parts(page) if kind == "shell" for words in commands(kind, text)]
     return [" ".join(words[1:]) for words in found if words[0] == "rlhf-fdiv" and "configs/toy.yaml" in words]
 
 
@@ -259,8 +254,8 @@ def known(first, rest):
 
 @of_page("inline")
 def test_every_key_that_is_named_exists(page, texts):
-    """`section.key`, `key=value` and `section.key=value`; a path of metrics.json looks like one and is told apart by its list."""
-    metrics = {"policy.objective", "policy.gold", "policy.reward"}
+    """`section.key`, `key=value` and `section.key=value`."""
+    metrics = {"policy.objective", "policy.gold", "policy.reward"}  # of metrics.json, which look the same
     wrong = []
     for text in texts:
         found = KEY.fullmatch(text)
@@ -381,7 +376,7 @@ def test_the_chinese_page_has_the_figures_and_commands_of_the_english_one():
     figures = {x for cell in cells for x in re.findall(r"−?\d+(?:\.\d+)?", cell)}
     assert figures
     assert not {x for x in figures if x not in english}
-    blocks = [text for kind, text in parts(ROOT / "README.zh.md") if kind == "code"]
+    blocks = [text for kind, text in parts(ROOT / "README.zh.md") if kind == "shell"]
     theirs = [line.partition("#")[0].strip() for text in blocks for line in text.splitlines()]
     assert theirs
     assert not [line for line in theirs if line not in english]
