@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,11 +93,17 @@ def _named(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"name": value}
 
 
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """To build one takes some ms, most of what reading a config took."""
+    return TypeAdapter(kind)
+
+
 def validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     """The value as `kind`, or None where that adds problems, at most one a key."""
     found: dict[str, str] = {}
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         for e in error.errors():
             loc = e["loc"] if e["type"] == "missing" else _inside(value, e["loc"])
