@@ -39,7 +39,18 @@ NOT_RUN = {
     "jupytext --sync": "tests/test_notebooks.py holds what it syncs",
 }
 NO_CONFIGS = {"task:": "a task file of lm-eval, of the form that tests/test_harness.py runs"}
-PROGRAMS = ("rlhf-fdiv", "make", "accelerate", "pip", "python", "pytest", ".ci/run", *(x.split()[0] for x in NOT_RUN))
+RUN_THERE = {"library.md": "tests/test_align.py"}  # pages whose Python takes longer, and the test that runs it
+PROGRAMS = (
+    "cd",
+    "rlhf-fdiv",
+    "make",
+    "accelerate",
+    "pip",
+    "python",
+    "pytest",
+    ".ci/run",
+    *(x.split()[0] for x in NOT_RUN),
+)
 FILLED_IN = {  # what a reader fills in
     "CONFIG": "configs/quickstart.yaml",
     "NAME": "quickstart",
@@ -96,7 +107,10 @@ def own_registry(monkeypatch):
 @of_page("python")
 def test_every_python_block_runs(page, texts, monkeypatch):
     monkeypatch.chdir(ROOT)
-    names_of(page)
+    if page.name in RUN_THERE:
+        assert page.name in (ROOT / RUN_THERE[page.name]).read_text(encoding="utf-8")
+    else:
+        names_of(page)
 
 
 @of_page("json", "jsonl")
@@ -110,11 +124,14 @@ def test_every_json_block_is_json(page, texts):
 def test_every_yaml_block_is_a_config(page, texts, tmp_path, monkeypatch):
     """A whole one, an ablation, or keys on top of the quickstart; `mypkg.mod:name` is what the page's Python defines."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "docs/examples")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for block in texts:
         if block.startswith(tuple(NO_CONFIGS)):
             continue
-        for module in re.findall(r"([\w.]+):[A-Z]\w*", block):
+        for module in (
+            m for m in re.findall(r"([\w.]+):[A-Z]\w*", block) if not (ROOT / f"docs/examples/{m}.py").exists()
+        ):
             monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names_of(page)))
         if "\ngrid:" in f"\n{block}":
             path = tmp_path / "configs/ablation/of_the_page.yaml"
@@ -157,15 +174,18 @@ def _plain(line):
 @of_page("shell", "inline")
 def test_every_command_is_one(page, texts, monkeypatch, tmp_path):
     """Everything but the run itself: programs, options, files, extras, and the configs with their overrides."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "docs/examples")
     own = {}  # the configs that the page itself shows
     for block in (text for kind, text in parts(page) if kind == "yaml"):
         if named := re.match(r"name: (\w+)\n", block):
             own[f"{named[1]}.yaml"] = tmp_path / f"{named[1]}.yaml"
             own[f"{named[1]}.yaml"].write_text(block, encoding="utf-8")
     for kind, text in parts(page):
+        monkeypatch.chdir(ROOT)
         if kind in ("shell", "inline"):
             for words in ([str(own.get(word, word)) for word in line] for line in commands(kind, text)):
+                if words[0] == "cd":
+                    monkeypatch.chdir(words[1])
                 for alternative in words[1].split("|") if len(words) > 1 else ("",):
                     check(words[:1] + [alternative] * (len(words) > 1) + words[2:])
 
