@@ -389,6 +389,29 @@ def test_the_first_pages_are_short():
     assert len((ROOT / "README.zh.md").read_text(encoding="utf-8").splitlines()) <= 90
 
 
+def figures_of(run):
+    """Every figure of a run's evaluation, to any number of digits, plain and in percent."""
+    values, found = [json.loads((ROOT / f"results/{run}/evaluate/metrics.json").read_text(encoding="utf-8"))], set()
+    while values:
+        value = values.pop()
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        if isinstance(value, float):
+            found |= {f"{x:.{digits}f}".replace("-", "−") for x in (value, 100 * value) for digits in range(4)}
+    return found
+
+
+def test_the_tables_of_the_readme_hold_the_figures_of_the_runs_they_name():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| | before (SFT)"))
+    rows = dict.fromkeys(lines[first + 2 : first + 9], "quickstart")
+    for head, run in {"SFT": "rlhf", "ppo": "ppo", "rlhf": "rlhf", "gdc": "gdc"}.items():
+        rows |= {line: run for line in lines if line.startswith(f"| {head} |")}
+    assert len(rows) == 11
+    for line, run in rows.items():
+        figures = set(re.findall(r"−?\d+(?:\.\d+)?", line.split("|", 2)[2])) - {"0"}
+        assert figures <= figures_of(run), (line, figures - figures_of(run))
+
+
 def test_the_chinese_page_has_the_figures_and_commands_of_the_english_one():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
     english = english.replace(",", "")
