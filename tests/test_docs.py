@@ -81,10 +81,10 @@ def tokens(page):
 
 
 def parts(page):
-    """(kind, text) of every block and span of code: by its language, `shell` for a block without one, `inline`."""
+    """(kind, text) of every block and span of code: by its language, `shell` for a block without one, or `inline`."""
     for token in tokens(page):
         if token.type in ("fence", "code_block"):
-            kind = token.info.strip() or "shell"
+            kind = token.info.strip() or ("json" if token.content.startswith("{") else "shell")
             yield "shell" if kind in ("bash", "sh", "console") else kind, token.content
         elif token.type == "code_inline":
             yield "inline", token.content
@@ -114,10 +114,10 @@ def test_every_python_block_runs(page, texts, monkeypatch):
 
 
 @of_page("json", "jsonl")
-def test_every_json_block_is_json(page, texts):
+def test_every_json_block_is_rows_of_json(page, texts):
     for text in texts:
-        for row in text.splitlines() if not text.startswith(("[", "{\n")) else [text]:
-            json.loads(row)
+        while text := text.strip():
+            text = text[json.JSONDecoder().raw_decode(text)[1] :]
 
 
 @of_page("yaml")

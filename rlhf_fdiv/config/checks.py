@@ -93,12 +93,6 @@ def _named(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"name": value}
 
 
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """To build one takes some ms, most of what reading a config took."""
-    return TypeAdapter(kind)
-
-
 def validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     """The value as `kind`, or None where that adds problems, at most one a key."""
     found: dict[str, str] = {}
@@ -118,6 +112,12 @@ def validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
             found.setdefault(".".join(map(str, (key, *loc))), message)
     problems += [f"{where}: {message}" for where, message in found.items()]
     return None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """To build one takes some ms, most of what reading a config took."""
+    return TypeAdapter(kind)
 
 
 def _inside(value: Any, loc: tuple[Any, ...]) -> tuple[Any, ...]:
