@@ -113,7 +113,7 @@ def align(
         raw["data"]["prompts_eval"] = _prompts(eval_dataset, "eval_dataset", folder, keep)
         raw["stages"].append("evaluate")
     options = {"model": {"lora": peft_config}} if peft_config else {}
-    raw = functools.reduce(merge, (raw, options, config, {} if beta is None else {"target": {"beta": beta}}))
+    raw = functools.reduce(merge, (raw, options, config, {} if beta is None else {"target": {"beta": beta}}), {})
     checked = parse(raw)
     if checked.resume is None:
         RunFolder(checked).require_same_config()

@@ -1,4 +1,5 @@
-"""Every Python block of the documents runs, and every file that they name is there."""
+"""Every Python block of the documents runs (those of docs/library.md in test_align.py), and every file that they name is
+there."""
 
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "library.md"], ids=lambda p: p.name)
 def test_every_python_block_runs(page, monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     names: dict = {}
