@@ -5,28 +5,25 @@ Each scorer's fields are its YAML schema. It maps prompts and completions to fin
 
 from __future__ import annotations
 
-import atexit
 import copy
 import functools
 import importlib
 import math
-import multiprocessing
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import MinLen
 from pydantic import AfterValidator
 from torch import Tensor
 
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.functions import Score, by_keyword, collected, in_threads
 from rlhf_fdiv.ranges import Count, NotNegative, Number, Positive
-
-Score = Callable[..., Any]  # (prompts, completions, **columns) → a number for each completion
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -120,11 +117,25 @@ class Threshold:
     of: str
     above: Number = 0.0
     name: ClassVar[str] = "threshold"
+    parts = property(lambda self: (self.of,))
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Σ weight × score of other scorers, by name; where one gave None, of those that apply, as in TRL's GRPOTrainer."""
+
+    of: Annotated[dict[str, Number], MinLen(1)]
+    name: ClassVar[str] = "sum"
+    parts = property(lambda self: tuple(self.of))
 
 
 @dataclass(frozen=True)
 class Function:
     """A user's function by dotted path, with TRL's signature (prompts, completions, **columns) → list of numbers.
+
+    It is called by keyword, with as much of this as it has parameters for: prompts, completions, completion_ids, each other
+    column of the prompts' data, and trainer_state, of which only global_step and max_steps are filled in. None says that it
+    does not apply to a completion, which is for parts of a `sum`. It may be async: all that wait do so together.
 
     With `num_workers` above 1 that many threads each score a part of the completions: for functions that wait, on a service
     or a checker's process, and that judge each completion by itself. With a `timeout` a call that takes longer, in seconds,
@@ -148,72 +159,86 @@ class Function:
             raise UserError(f"scorers: cannot load {self.path}: {type(error).__name__}: {error}") from error
         if not callable(found):
             raise UserError(f"scorers: {self.path} is not a function")
-        return found if self.num_workers == 1 and self.timeout is None else _in_threads(found, self)
+        plain = self.num_workers == 1 and self.timeout is None
+        return by_keyword(found) if plain else in_threads(by_keyword(found), self.num_workers, self.timeout)
 
 
-def _in_threads(function: Score, spec: Function) -> Score:
-    pool = ThreadPool(spec.num_workers)  # of daemons: the process can end while one of them still waits
-    atexit.register(pool.terminate)  # or its end would be told, with a traceback
-
-    def score(**rows: list[Any]) -> list[Any]:
-        width = math.ceil(len(rows["completions"]) / spec.num_workers)
-
-        def part(start: int) -> list[Any]:
-            mine = {name: column[start : start + width] for name, column in rows.items()}
-            try:
-                values = list(function(**mine))
-            except SystemExit as error:  # which would end the thread alone, and the run would wait for it for ever
-                raise RuntimeError(f"it called exit({error.code})") from error
-            if len(values) != len(mine["completions"]):  # two wrong parts might be right together
-                raise ValueError(f"gave {len(values)} numbers for {len(mine['completions'])} completions")
-            return values
-
-        parts = pool.map_async(part, range(0, len(rows["completions"]), width), chunksize=1)
-        try:
-            return [value for values in parts.get(spec.timeout) for value in values]
-        except multiprocessing.TimeoutError:
-            raise TimeoutError(f"no answer within {spec.timeout:g} s") from None
-
-    return score
+_KINDS = (RewardModel, NgramRidge, Pattern, Length, Threshold, Sum, Function)
+SCORERS: dict[str, Any] = {cls.name: cls for cls in _KINDS}
 
 
-SCORERS: dict[str, Any] = {cls.name: cls for cls in (RewardModel, NgramRidge, Pattern, Length, Threshold, Function)}
+def with_parts(names: Iterable[str], specs: dict[str, Any]) -> list[str]:
+    """The names, and those of all that these scorers are made of; each once."""
+    found = list(names)
+    for name in found:  # which grows
+        found += [part for part in getattr(specs.get(name), "parts", ()) if part not in found]
+    return found
 
 
 class Scorers:
-    """The scorers of a run, opened once: `scores(names, prompts, completions)` → name → [B]."""
+    """The scorers of a run, opened once: `scores(names, prompts, completions)` → name → [B]. Those of its `targets` must give
+    a number for every completion."""
 
-    def __init__(self, specs: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, specs: dict[str, Any], device: torch.device, targets: Iterable[str] = ()) -> None:
         self.specs, self.device = specs, device
+        parts = {part for spec in specs.values() if isinstance(spec, Sum) for part in spec.of}
+        self._may_lack = parts - {*targets}
         self.names = list(specs)
         self._open: dict[str, Score] = {}
 
     def __call__(
         self, names: list[str], /, prompts: list[str], completions: list[str], **columns: Any
     ) -> dict[str, Tensor]:
-        """Each scorer's scores [B] in float32, on the device. Raises UserError for a wrong count, type or nan."""
+        """Each scorer's scores [B] in float32, on the device; nan where one that is only a part of a `sum` gave None.
 
-        @functools.cache  # a threshold shares the scores of what it is a threshold of
+        Raises UserError for a wrong count, type or nan, and for a None elsewhere.
+        """
+        rows = {"prompts": prompts, "completions": completions, **columns}
+        needed = with_parts(names, self.specs)
+
+        def start(name: str) -> Any:
+            if name not in self._open:
+                self._open[name] = self.specs[name].open(self.device)
+            return self._open[name](**{k: copy.copy(v) for k, v in rows.items()})  # what it changes is its own
+
+        answers = {n: _told(n, start, n) for n in needed if not hasattr(self.specs[n], "parts")}
+
+        @functools.cache  # what is made of the same scorer shares its scores
         def scores(name: str) -> Tensor:
             spec = self.specs[name]
             if isinstance(spec, Threshold):
-                return (scores(spec.of) > spec.above).float()
-            if name not in self._open:
-                self._open[name] = spec.open(self.device)
-            try:
-                rows = {"prompts": prompts, "completions": completions, **columns}
-                values = self._open[name](**{k: copy.copy(v) for k, v in rows.items()})  # what it changes is its own
-            except UserError:
-                raise
-            except Exception as error:
-                raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}") from error
+                of = scores(spec.of)
+                return torch.where(of.isnan(), of, (of > spec.above).float())
+            if isinstance(spec, Sum):
+                parts = torch.stack([weight * scores(part) for part, weight in spec.of.items()])
+                return torch.where(parts.isnan().all(0), math.nan, parts.nansum(0))
+            values = _told(name, collected, answers[name])
             return _checked(name, values, completions, getattr(spec, "clip", None)).to(self.device)
 
+        for name in set(names) - self._may_lack:
+            for row in scores(name).isnan().nonzero().flatten().tolist():
+                raise UserError(
+                    f"scorer {name!r} does not apply to completion {row}, {completions[row]!r:.200}: None is for the "
+                    "parts of a `sum`, and for each completion at least one of them must give a number"
+                )
         return {name: scores(name) for name in names}
 
 
+def _told(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The function's answer; whatever it raises becomes a UserError that names the scorer."""
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}") from error
+
+
 def _checked(name: str, values: Any, completions: list[str], clip: tuple[float, float] | None) -> Tensor:
-    """A scorer's answer as [B] in float32, within `clip`."""
+    """A scorer's answer as [B] in float32, within `clip`; nan for None."""
+    lacking = [v is None for v in values] if isinstance(values, list | tuple) else []
+    if any(lacking):
+        values = [math.nan if v is None else v for v in values]
     try:
         scores = torch.as_tensor(values, dtype=torch.float32).detach()
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -223,7 +248,10 @@ def _checked(name: str, values: Any, completions: list[str], clip: tuple[float, 
     if clip is not None:
         scores = scores.clamp(*clip)
     for row in (~scores.isfinite()).nonzero().flatten().tolist():
-        raise UserError(f"scorer {name!r} gave {float(scores[row])} for completion {row}: {completions[row][:200]!r}")
+        if not lacking or not lacking[row]:
+            raise UserError(
+                f"scorer {name!r} gave {float(scores[row])} for completion {row}: {completions[row]!r:.200}"
+            )
     return scores
 
 
@@ -243,12 +271,9 @@ def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
     for name, spec in specs.items():
         if name in RESERVED:
             problems.append(f"scorers.{name}: a figure of every report has this name; call it {name}_score")
-        seen = {name}
-        while isinstance(spec, Threshold) and spec.of in specs.keys() - seen:
-            seen.add(spec.of)
-            spec = specs[spec.of]
-        if isinstance(spec, Threshold) and spec.of in seen:
-            problems.append(f"scorers.{name}.of: leads back to {spec.of!r}; thresholds cannot go in a circle")
-        elif isinstance(spec, Threshold):
-            problems.append(f"scorers.{name}.of: {spec.of!r} is not another scorer{did_you_mean(spec.of, specs)}")
+        for part in getattr(spec, "parts", ()):
+            if part not in specs:
+                problems.append(f"scorers.{name}.of: {part!r} is not another scorer{did_you_mean(part, specs)}")
+            elif name in with_parts([part], specs):
+                problems.append(f"scorers.{name}.of: leads back to {name!r}; scorers cannot go in a circle")
     return problems

@@ -64,9 +64,12 @@ class Rollout:
         log_mixture = torch.logaddexp(by_text[0] + shares[0], by_text[1] + shares[1])
         return replace(self, log_probs=log_pi, log_mixture=log_mixture)
 
+    def token_ids(self) -> list[list[int]]:
+        rows = zip(self.sequences.completion_ids, self.sequences.mask.bool(), strict=True)
+        return [ids[keep].tolist() for ids, keep in rows]
+
     def texts(self, tokenizer: Any) -> list[str]:
-        rows = [ids[keep.bool()] for ids, keep in zip(self.sequences.completion_ids, self.sequences.mask, strict=True)]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return tokenizer.batch_decode(self.token_ids(), skip_special_tokens=True)
 
     def finished(self, eos_token_id: int) -> Tensor:
         """[B], whether the completion ended by itself."""

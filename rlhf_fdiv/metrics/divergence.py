@@ -54,6 +54,8 @@ def measure_all(
 
 
 def paired_difference(after: Tensor, before: Tensor, groups: Tensor) -> tuple[float, float]:
-    """Mean of after − before over samples paired by prompt and random stream, [N] each, and its clustered error."""
+    """Mean of after − before over samples paired by prompt and random stream, [N] each, and its clustered error; without
+    the pairs that have nan, a score that does not apply."""
     difference = (after - before).double()
-    return float(difference.mean()), clustered_error(difference, groups)
+    both = ~difference.isnan()
+    return float(difference[both].mean()), clustered_error(difference[both], groups[both])

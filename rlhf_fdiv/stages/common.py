@@ -37,7 +37,7 @@ from rlhf_fdiv.data import (
 from rlhf_fdiv.errors import UserError, did_you_mean, one_line
 from rlhf_fdiv.hub import check_push, push
 from rlhf_fdiv.models import context_length, load_tokenizer, require_own_tokenizer, teacher_context
-from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, Threshold
+from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, with_parts
 from rlhf_fdiv.stages.stopping import noticed
 from rlhf_fdiv.tracking import RunFolder, is_finished
 
@@ -187,10 +187,7 @@ def starting_model(config: RunConfig, folder: RunFolder) -> str:
 
 def resolve_scorers(config: RunConfig, folder: RunFolder, needed: tuple[str, ...] | None = None) -> dict[str, Any]:
     """The config's scorers, or those that `needed` are made of, with the run's own reward model where a path is left open."""
-    names = list(config.scorers if needed is None else needed)
-    for name in names:
-        if isinstance(spec := config.scorers[name], Threshold) and spec.of not in names:
-            names.append(spec.of)
+    names = with_parts(config.scorers if needed is None else needed, config.scorers)
     resolved = {}
     for name, spec in ((n, s) for n, s in config.scorers.items() if n in names):
         if isinstance(spec, RewardModel) and spec.path is None:

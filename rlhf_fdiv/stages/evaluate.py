@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from rlhf_fdiv import divergences, metrics, targets
 from rlhf_fdiv.config import RunConfig
@@ -73,7 +74,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     tokenizer = load_tokenizer(start)
     length = config.training.max_completion_length
     ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - length)
-    scorers = Scorers(resolve_scorers(config, folder), device)
+    scorers = Scorers(resolve_scorers(config, folder), device, config.target.scorers)
     models: dict[str, Any] = {
         "sft": load_causal_lm(start, config.model).to(device),
         "policy": load_causal_lm(str(trained / "model"), config.model).to(device),
@@ -84,13 +85,20 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     k, groups = options.num_generations, torch.arange(len(rows)).repeat_interleave(options.num_generations)
     noise = uniforms(config.seed + 1, 0, len(rows) * k, length)
     repeated = [row for row in rows for _ in range(k)]
-    prompts, columns = [row["prompt"] for row in repeated], extra_columns(repeated)
+    prompts, steps = [row["prompt"] for row in repeated], config.training.max_steps
+    columns: dict[str, Any] = extra_columns(repeated)
+    columns["trainer_state"] = TrainerState(global_step=steps, max_steps=steps)
     samples: dict[str, Samples] = {}
     report: dict[str, Any] = {"beta": config.beta, "paired": {}}
     for name, lm in models.items():
         drawn = draw(lm, tokenizer, ids, k, noise, options.batch_size)
         texts = [t for d in drawn for t in d.texts(tokenizer)]
-        scores = scorers(scorers.names, **columns | {"prompts": prompts, "completions": texts})
+        columns |= {
+            "prompts": prompts,
+            "completions": texts,
+            "completion_ids": [i for d in drawn for i in d.token_ids()],
+        }
+        scores = scorers(scorers.names, **columns)
         parts = [metrics.score_both(models["policy"], models["sft"], d.sequences, options.batch_size) for d in drawn]
         log_pi, log_a, kl = (torch.cat(x) for x in zip(*parts, strict=True))
         if name == "policy":  # of the softmax that was sampled: in bfloat16 a fresh forward would put k1 too low
@@ -209,7 +217,9 @@ def enumerate_language(
     decoded = tokenizer.batch_decode(every, skip_special_tokens=True)
     repeated = [row for row in rows for _ in every]
     texts = {"prompts": [row["prompt"] for row in repeated], "completions": decoded * len(rows)}
-    scores = scorers(list(target.scorers), **extra_columns(repeated), **texts)
+    state = TrainerState(global_step=config.training.max_steps, max_steps=config.training.max_steps)
+    texts |= {"completion_ids": every * len(rows), "trainer_state": state}
+    scores = scorers(list(target.scorers), **extra_columns(repeated) | texts)
     potential = target.potential(scores).double().cpu().view(log_pi.shape)
     log_p = (log_a + potential).log_softmax(1)
     fs = [divergences.get(spec) for spec in config.evaluate.divergences]
@@ -222,7 +232,9 @@ def describe(samples: Samples, rows: Rows, config: RunConfig, groups: Tensor) ->
     """The figures of one model's samples alone."""
     figures: dict[str, Any] = {}
     for name, values in samples.scores.items():
-        figures[name], figures[f"{name}_se"] = float(values.mean()), clustered_error(values.cpu(), groups)
+        applies = ~values.cpu().isnan()
+        values = values.cpu()[applies]
+        figures[name], figures[f"{name}_se"] = float(values.mean()), clustered_error(values, groups[applies])
     texts, drawn = samples.texts, samples.drawn
     tokens = sum(float(d.sequences.mask.sum()) for d in drawn)
     figures["entropy"] = sum(float(d.entropy.sum()) for d in drawn) / tokens

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
+from transformers import TrainerState
 
 from rlhf_fdiv import targets
 from rlhf_fdiv.checkpoints import newest_checkpoint
@@ -64,7 +65,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     replay = Replay(options.replay_steps, accelerator)
     reference.to(accelerator.device, training.whole())
     sampler = Sampler(config, training, reference, tokenizer, rows, prompt_ids)
-    scorers = Scorers(specs, accelerator.device)
+    scorers = Scorers(specs, accelerator.device, config.target.scorers)
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
 
     target = solve_target(config, sampler, scorers, log_partition)
@@ -87,7 +88,8 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
 
         # score
         with training.keeping(step, texts):
-            scores = scorers(scored, **texts)
+            state = TrainerState(global_step=step, max_steps=options.max_steps)
+            scores = scorers(scored, **texts | {"completion_ids": batch.token_ids(), "trainer_state": state})
             potential = dual.target.potential(scores).to(accelerator.device)
         log_a = reference.log_probs(batch.sequences, options.per_device_train_batch_size)
         batch, mismatch = sampler.off_policy(batch, log_a)
@@ -154,7 +156,8 @@ def reference_scores(
     for i in range(0, len(prompts), width):
         part = prompts[i : i + width]
         with sampler.reference.lm() as lm:
-            _, texts = sampler.draw(range(-1 - i, -1 - i - len(part), -1), part, num_generations, lm)
+            batch, texts = sampler.draw(range(-1 - i, -1 - i - len(part), -1), part, num_generations, lm)
+        texts |= {"completion_ids": batch.token_ids(), "trainer_state": TrainerState(max_steps=options.max_steps)}
         for name, values in scorers(names, **texts).items():
             scores[name].append(accelerator.gather(values).view(-1, num_generations))
     return {name: torch.cat(parts).cpu() for name, parts in scores.items()}

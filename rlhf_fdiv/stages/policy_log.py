@@ -61,7 +61,7 @@ class Log:
         kl = float((log_pi - log_ref).mean())
         values = {
             "objective": self.config.beta * (float(potential.mean()) - kl),
-            **{name: float(column.mean()) for name, column in zip(scores, score_columns, strict=True)},
+            **{name: float(column.nanmean()) for name, column in zip(scores, score_columns, strict=True)},
             "kl_reference": kl,
             "divergence_target": next(iter(to_target.values())),  # of the run's own f
             "log_z": float(log_z.mean()),
