@@ -22,6 +22,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
+from rlhf_fdiv.chat import Prompt, answers, is_chat
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.ranges import Count, NotNegative, Number, Positive
@@ -189,7 +190,7 @@ class Scorers:
         self._open: dict[str, Score] = {}
 
     def __call__(
-        self, names: list[str], /, prompts: list[str], completions: list[str], **columns: Any
+        self, names: list[str], /, prompts: list[Prompt], completions: list[str], **columns: Any
     ) -> dict[str, Tensor]:
         """Each scorer's scores [B] in float32, on the device. Raises UserError for a wrong count, type or nan."""
 
@@ -201,7 +202,9 @@ class Scorers:
             if name not in self._open:
                 self._open[name] = spec.open(self.device)
             try:
-                rows = {"prompts": prompts, "completions": completions, **columns}
+                as_messages = isinstance(spec, Function) and is_chat(prompts)  # TRL's form; scorers of ours read text
+                texts = answers(completions) if as_messages else completions
+                rows = {"prompts": prompts, "completions": texts, **columns}
                 values = self._open[name](**{k: copy.copy(v) for k, v in rows.items()})  # what it changes is its own
             except UserError:
                 raise

@@ -224,7 +224,7 @@ DATA = [  # the key of data, the file's name, what stands in it, what is said
     ("half a surrogate pair", "prompts_train", "a.jsonl", '{"prompt": "\\ud83d"}', ["lone surrogate (\\ud83d)"]),
     ("a whole surrogate pair", "prompts_train", "a.jsonl", '{"prompt": "\\ud83d\\ude00"}', None),
     ("Chinese, right to left, emoji, control", "prompts_train", "a.jsonl", json.dumps({"prompt": "电影 \u202eסרט 👩‍👧 \x00\x1b"}), None),
-    ("a prompt of messages", "prompts_train", "a.jsonl", '{"prompt": [{"role": "user"}]}', ["'prompt' must be text, not list"]),
+    ("a prompt of messages", "prompts_train", "a.jsonl", '{"prompt": [{"role": "user"}]}', ["'prompt', message 1: must be like", '"content"']),
     ("a number for a prompt", "prompts_train", "a.jsonl", '{"prompt": 3}', ["'prompt' must be text, not int"]),
     ("NaN for a prompt", "prompts_train", "a.jsonl", '{"prompt": NaN}', ["'prompt' must be text, not float"]),
     ("a capital in a field's name", "prompts_train", "a.jsonl", '{"Prompt": "film"}', ["no field 'prompt'; did you mean 'Prompt'?"]),

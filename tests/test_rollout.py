@@ -181,7 +181,7 @@ def test_the_same_noise_gives_the_same_completions_again_and_other_noise_others(
 def test_a_completion_ends_with_its_first_eos_or_is_cut_and_is_never_forced_to_end(engine):
     policy, _ = language()
     sequences, *_ = draw(policy.lm, 200, engine)
-    finished = Rollout(sequences, None, None, [0, 1, 2]).finished(EOS)
+    finished = Rollout(sequences, None, None, [0, 1, 2]).finished([EOS])
     for ids, mask, ended in zip(
         sequences.completion_ids.tolist(), sequences.mask.tolist(), finished.tolist(), strict=True
     ):
