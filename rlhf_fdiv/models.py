@@ -22,6 +22,8 @@ from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.sequences import Sequences, chunked_log_probs, pad_to_longest, token_log_probs, wide
 from rlhf_fdiv.weights import from_safetensors, readable
 
+NO_MODEL = "no model there that can be read, neither a folder nor a hub name"
+
 
 def load_tokenizer(name_or_path: str) -> Any:
     """The tokenizer, padded on the left. Raises UserError where there is no EOS: a text could never end.
@@ -37,17 +39,13 @@ def load_tokenizer(name_or_path: str) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless here: every mask comes from lengths, none from ids
-    tokenizer.stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *_own_stops(path), end_of_turn(tokenizer)]))
-    tokenizer.stop_ids = [i for i in tokenizer.stop_ids if i == tokenizer.eos_token_id or is_special(i, tokenizer)]
+    own: Any = None
+    with readable(name_or_path, NO_MODEL), contextlib.suppress(OSError):  # where there is no generation config
+        own = GenerationConfig.from_pretrained(base_of(path)).eos_token_id
+    others = [*(own if isinstance(own, list) else [own]), end_of_turn(tokenizer)]
+    stops = [tokenizer.eos_token_id, *(i for i in others if is_special(i, tokenizer))]
+    tokenizer.stop_ids = list(dict.fromkeys(stops))
     return tokenizer
-
-
-def _own_stops(path: str) -> list[int]:
-    try:
-        found = GenerationConfig.from_pretrained(base_of(path)).eos_token_id
-    except OSError:  # there is none
-        return []
-    return found if isinstance(found, list) else [found]
 
 
 def base_of(path: str) -> str:
@@ -60,7 +58,7 @@ def base_of(path: str) -> str:
 
 def context_length(name_or_path: str) -> int:
     """How many tokens a model can read, from its config alone."""
-    with readable(name_or_path, "no model there that can be read, neither a folder nor a hub name"):
+    with readable(name_or_path, NO_MODEL):
         config = AutoConfig.from_pretrained(base_of(resolve_model(name_or_path)))
     kind = config.model_type
     if config.is_encoder_decoder:
@@ -74,7 +72,7 @@ def context_length(name_or_path: str) -> int:
     else:
         problem = ""
     if problem:
-        raise UserError(f"model {name_or_path} ({kind}) {problem}; only decoder-only (causal) models are supported")
+        raise UserError(f"model {name_or_path}: {kind} {problem}; only decoder-only (causal) models are supported")
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 

@@ -380,7 +380,7 @@ MODELS = [  # the harm, what is said
     ("a function that nobody knows", edit("config.json", hidden_act="bad"), ["can be loaded", "KeyError: 'bad'"]),
     ("another size", edit("config.json", hidden_size=64), ["21 " + NOT_THERE]),
     ("a layer too many", edit("config.json", num_hidden_layers=3), ["9 " + NOT_THERE + "model.layers.2."]),
-    ("another kind", edit("config.json", model_type="bert"), [NOT_THERE]),
+    ("another kind", edit("config.json", model_type="bert"), ["bert is a masked LM"]),
     ("no words", lambda folder: (folder / "tokenizer.json").unlink(), ["no tokenizer there"]),
     ("words that were cut", cut("tokenizer.json"), ["no tokenizer there"]),
     ("words that are a list", write("tokenizer.json", b"[]"), ["no tokenizer there"]),

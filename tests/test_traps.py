@@ -77,7 +77,7 @@ from rlhf_fdiv.models import Policy, Reference, load_causal_lm, load_policy, loa
 from rlhf_fdiv.objectives import Match, Regularise, token_rewards
 from rlhf_fdiv.reward_models import HeadReward, HiddenStates, load_reward_model
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
-from rlhf_fdiv.sequences import Sequences, sequence_sum
+from rlhf_fdiv.sequences import Sequences, pad, sequence_sum
 from rlhf_fdiv.stages import policy as policy_stage
 from rlhf_fdiv.stages import policy_rollout, policy_update, sft
 from rlhf_fdiv.stages.policy import self_check
@@ -478,7 +478,7 @@ def test_a_head_that_reads_padding_is_found(made, monkeypatch, architecture, spe
 
 @pytest.mark.parametrize("special", [{}, {"eos_token": "<eos>"}], ids=["pad", "pad = eos"])
 @pytest.mark.parametrize("broken", ["", "pad_token_id", "padding_side"])
-def test_a_classifier_that_reads_padding_is_found(tmp_path, special, broken):
+def test_a_classifier_that_reads_padding_is_found(tmp_path, monkeypatch, special, broken):
     """Saved with a wrong pad_token_id, which loading mends; padding on the left would need position_ids."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(WORDS), n_embd=32, n_layer=1, n_head=2, n_positions=64, initializer_range=0.3,
@@ -490,7 +490,7 @@ def test_a_classifier_that_reads_padding_is_found(tmp_path, special, broken):
     if broken == "pad_token_id":
         model.model.config.pad_token_id = 5
     if broken == "padding_side":
-        model.tokenizer.padding_side = "left"
+        monkeypatch.setattr(reward_models, "pad", lambda rows, value, side: pad(rows, value, "left"))
     together = torch.tensor(model.score(*SHORT_AND_LONG, 3))
     assert torch.allclose(together, alone, rtol=0, atol=1e-5) == (not broken)
 
@@ -521,7 +521,7 @@ def test_an_eos_written_over_the_last_token_is_found(made, policy, monkeypatch, 
 
     def forced(*args):
         tokens, log_probs, entropy = decode(*args)
-        tokens[:, -1] = args[-1]
+        tokens[:, -1] = args[-1][0]
         return tokens, log_probs, entropy
 
     monkeypatch.setattr(rollout, "_decode", forced)
