@@ -141,6 +141,7 @@ def _decode(
     attention = prompt_mask.repeat_interleave(num_generations, 0)
     position = positions[:, -1:].repeat_interleave(num_generations, 0)
 
+    ends = torch.tensor(stops, device=noise.device)
     rows, length = noise.shape
     tokens = torch.full((rows, length), stops[0], device=noise.device)
     log_probs, entropy = torch.zeros(2, rows, length, dtype=logits.dtype, device=noise.device)
@@ -148,7 +149,7 @@ def _decode(
     for t in range(length):
         token, log_prob, spread = _inverse_cdf(logits, noise[alive, t])
         tokens[alive, t], log_probs[alive, t], entropy[alive, t] = token, log_prob, spread
-        going = (~_is_any(token, stops)).nonzero().squeeze(1)
+        going = torch.isin(token, ends, invert=True).nonzero().squeeze(1)
         if t + 1 == length or not len(going):
             return tokens[:, : t + 1], log_probs[:, : t + 1], entropy[:, : t + 1]
         if len(going) < len(alive):

@@ -74,7 +74,9 @@ def test_every_stage_runs(architecture, data, tmp_path):
         assert (merged - before).abs().max() > 1e-3, "it has been trained"
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", None], ids=["all-linear", "peft's choice"])
+@pytest.mark.parametrize(
+    "target_modules", ["all-linear", pytest.param(None, marks=pytest.mark.slow, id="peft's choice")]
+)
 @every_family
 def test_an_adapter_saved_alone_or_merged_is_the_trained_policy(architecture, target_modules, tmp_path):
     start = folder_of(architecture, tmp_path / "start")

@@ -164,7 +164,7 @@ def test_sft_and_prefer_train_on_the_very_tokens_that_a_rollout_would_give(start
 
 # -- several tokens that end a completion ------------------------------------------------------------------------------
 
-TWO = SimpleNamespace(eos_token_id=3, pad_token_id=0, stop_ids=[3, 2])
+TWO = SimpleNamespace(eos_token_id=3, pad_token_id=2, stop_ids=[3, 2])  # one of them pads, as in Qwen's instruct models
 
 
 @pytest.mark.parametrize("engine", ["cached", "generate"])
