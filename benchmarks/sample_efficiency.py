@@ -81,7 +81,7 @@ def toy_tables() -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     ids = tokenizer(prompts)["input_ids"]
-    every = metrics.all_texts(len(tokenizer), tokenizer.eos_token_id, 5)
+    every = metrics.all_texts(len(tokenizer), [tokenizer.eos_token_id], 5)
     texts = tokenizer.batch_decode(every, skip_special_tokens=True)
     reward = torch.tensor([assets.toy_reward([p] * len(texts), texts) for p in prompts], dtype=torch.float64)
     lm = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fdiv.assets import toy
+from rlhf_fdiv.chat import ROLES, Prompt, encode_prompts, end_id, is_chat
 from rlhf_fdiv.errors import UserError, did_you_mean, one_line
 
 PROMPTS: dict[str, type] = {"prompt": str}
@@ -39,15 +40,26 @@ def locate(source: str) -> str:
 def read_rows(source: str, needs: dict[str, type], limit: int | None = None) -> Rows:
     """All rows of `source`, or the first `limit`; each has the fields of `needs` with the right type and no empty text.
 
-    Raises UserError that names the file and the rows, at most five of them, and the mend.
+    A prompt may be messages in place of text, in all rows or in none; a completion of one message is its content. Raises
+    UserError that names the file and the rows, at most five of them, and the mend.
     """
     rows: Rows = []
     problems: list[str] = []
     for number, row in enumerate(_raw_rows(source), 1):
-        problems += [f"{source}, row {number}: {p}" for p in _row_problems(row, needs)]
+        found = [*_row_problems(row, needs)]
+        if (
+            "prompt" in needs
+            and rows
+            and not (found or problems)
+            and is_chat([row["prompt"]]) != is_chat([rows[0]["prompt"]])
+        ):
+            found = ["its prompt is text and those before are messages, or the reverse; a file holds one kind"]
+        problems += [f"{source}, row {number}: {p}" for p in found]
         if len(problems) >= 5:
             raise UserError(*problems[:5], f"{source}: stopped after five problems")
-        rows.append(row)
+        rows.append(
+            row if found else {k: v[0]["content"] if k in needs and _is_answer(k, v) else v for k, v in row.items()}
+        )
         if len(rows) == limit:
             break
     if problems:
@@ -145,15 +157,45 @@ def _row_problems(row: Any, needs: dict[str, type]) -> Iterator[str]:
         elif kind is float:
             if not _is_number(value, -sys.float_info.max, sys.float_info.max):
                 yield f"field {key!r} must be a number, not {value!r}"
-        elif not isinstance(value, str):
-            yield f"field {key!r} must be text, not {type(value).__name__}"
-        elif not value.strip():
-            yield f"field {key!r} is empty"
-        elif found := re.search("[\ud800-\udfff]", value):
-            yield f"field {key!r} holds a lone surrogate (\\u{ord(found[0]):04x}), which is not text"
+        elif isinstance(value, list) and key != "text":
+            yield from (f"field {key!r}{problem}" for problem in _message_problems(value, key == "prompt"))
+        elif problem := _text_problem(value):
+            yield f"field {key!r} {problem}"
     share = row.get("preference")
     if "chosen" in needs and share is not None and not _is_number(share, 0, 1):
         yield f"field 'preference' must lie in [0, 1], the share of raters who prefer 'chosen', not {share!r}"
+
+
+def _text_problem(value: Any) -> str:
+    if not isinstance(value, str):
+        return f"must be text, not {type(value).__name__}"
+    if not value.strip():
+        return "is empty"
+    found = re.search("[\ud800-\udfff]", value)
+    return f"holds a lone surrogate (\\u{ord(found[0]):04x}), which is not text" if found else ""
+
+
+def _message_problems(messages: list[Any], is_prompt: bool) -> Iterator[str]:
+    for i, message in enumerate(messages, 1):
+        where = f", message {i}"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            yield f'{where}: must be like {{"role": "user", "content": "…"}}, not {message!r:.80}'
+        elif message["role"] not in ROLES:
+            role, known = message["role"], ", ".join(ROLES)
+            yield f"{where}: role {role!r} is none of {known}{did_you_mean(str(role), ROLES)}"
+        elif problem := _text_problem(message["content"]):
+            yield f"{where}: its content {problem}"
+        elif not is_prompt and (message["role"] != "assistant" or len(messages) > 1):
+            yield " must be text or one message of the assistant; what comes before it belongs to 'prompt'"
+            return
+        elif is_prompt and message["role"] == "assistant" and i == len(messages):
+            yield f"{where}: a prompt ends with what is to be answered, not with the assistant's answer"
+    if not messages:
+        yield " is empty"
+
+
+def _is_answer(key: str, value: Any) -> bool:
+    return key != "prompt" and isinstance(value, list)
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
@@ -190,7 +232,10 @@ def file_hash(source: str) -> str:
 
 def tokenize_prompts(rows: Rows, tokenizer: Any, source: str, room: int) -> list[list[int]]:
     """Token ids of each row's prompt. Raises UserError for a prompt of more than `room` tokens (context less completion)."""
-    ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    try:
+        ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+    except UserError as error:
+        raise UserError(*(f"{source}: {p}" for p in error.problems)) from error
     problems = []
     for i, x in enumerate(ids, 1):
         if not x:
@@ -205,7 +250,8 @@ def tokenize_prompts(rows: Rows, tokenizer: Any, source: str, room: int) -> list
     return ids
 
 
-def tokenize_completions(texts: list[str], tokenizer: Any, length: int) -> list[list[int]]:
-    """Token ids of completions, each with its EOS, or cut at `length` tokens without one, as a rollout would be."""
+def tokenize_completions(prompts: list[Prompt], texts: list[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """Token ids of the completions of prompts, each with the token that ends it (EOS, behind messages the end of a turn), or
+    cut at `length` tokens without one, as a rollout would be."""
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [[*x, tokenizer.eos_token_id][:length] for x in ids]
+    return [[*x, end_id(prompts, tokenizer)][:length] for x in ids]

@@ -12,11 +12,12 @@ from rlhf_fdiv.ranges import Count
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Low-rank adapters, as peft names them. Their weights are float32 whatever the model's dtype."""
+    """Low-rank adapters, as peft names them: `target_modules: null` are peft's own choice for the architecture. Their weights
+    are float32 whatever the model's dtype."""
 
     r: Count = 16
     lora_alpha: Count = 32
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] | None = "all-linear"
 
 
 @dataclass(frozen=True)

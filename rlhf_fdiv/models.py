@@ -11,26 +11,40 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.activations import NewGELUActivation
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from rlhf_fdiv.chat import end_of_turn, is_special, stop_ids
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.sequences import Sequences, chunked_log_probs, pad_to_longest, token_log_probs, wide
 from rlhf_fdiv.weights import from_safetensors, readable
 
+NO_MODEL = "no model there that can be read, neither a folder nor a hub name"
+
 
 def load_tokenizer(name_or_path: str) -> Any:
-    """The tokenizer, padded on the left. Raises UserError where there is no EOS: a text could never end."""
+    """The tokenizer, padded on the left. Raises UserError where there is no EOS: a text could never end.
+
+    Its `stop_ids` are what `generate` would stop at (an instruct model may have several), and the end of a turn.
+    """
+    path = resolve_model(name_or_path)
     with readable(name_or_path, "no tokenizer there that can be read, neither a folder nor a hub name"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name_or_path), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model {name_or_path}: its tokenizer has no EOS token, so no text could ever end. Set eos_token"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless here: every mask comes from lengths, none from ids
+    own: Any = None
+    with readable(name_or_path, NO_MODEL), contextlib.suppress(OSError):  # where there is no generation config
+        own = GenerationConfig.from_pretrained(base_of(path)).eos_token_id
+    others = [*(own if isinstance(own, list) else [own]), end_of_turn(tokenizer)]
+    stops = [tokenizer.eos_token_id, *(i for i in others if is_special(i, tokenizer))]
+    tokenizer.stop_ids = list(dict.fromkeys(stops))
     return tokenizer
 
 
@@ -44,10 +58,21 @@ def base_of(path: str) -> str:
 
 def context_length(name_or_path: str) -> int:
     """How many tokens a model can read, from its config alone."""
-    with readable(name_or_path, "no model there that can be read, neither a folder nor a hub name"):
+    with readable(name_or_path, NO_MODEL):
         config = AutoConfig.from_pretrained(base_of(resolve_model(name_or_path)))
+    kind = config.model_type
     if config.is_encoder_decoder:
-        raise UserError(f"model {name_or_path} is an encoder–decoder; only decoder-only (causal) models are supported")
+        problem = "is an encoder–decoder"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        problem = "is a masked LM: it reads both ways and predicts no next token"
+    elif config.get_text_config() is not config:
+        problem = "reads more than text; save its language model alone"
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        problem = "is no language model that transformers knows"
+    else:
+        problem = ""
+    if problem:
+        raise UserError(f"model {name_or_path}: {kind} {problem}; only decoder-only (causal) models are supported")
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 
@@ -282,7 +307,9 @@ def save_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     if hasattr(lm, "merge_and_unload"):
         lm.save_pretrained(folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
-    merged(lm).save_pretrained(folder / "model")
+    whole = merged(lm)
+    whole.generation_config.eos_token_id = stop_ids(tokenizer)  # where it learned to stop, `generate` is to stop too
+    whole.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     if policy.value_head is not None:
         from safetensors.torch import save_file

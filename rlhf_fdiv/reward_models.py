@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from rlhf_fdiv.chat import Prompt, encode_prompts, encode_whole, end_id
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
@@ -38,7 +39,7 @@ class HiddenStates:
         model = from_safetensors(AutoModel, name_or_path, config=config, dtype=getattr(torch, dtype))
         self.model = model.to(device)
 
-    def __call__(self, prompts: list[str], completions: list[str], batch_size: int) -> Tensor:
+    def __call__(self, prompts: list[Prompt], completions: list[str], batch_size: int) -> Tensor:
         """[N, layers × hidden] in float32."""
         return completion_states(self.model, self.tokenizer, self.layers, prompts, completions, batch_size)
 
@@ -48,18 +49,18 @@ def completion_states(
     model: Any,
     tokenizer: Any,
     layers: list[int],
-    prompts: list[str],
+    prompts: list[Prompt],
     completions: list[str],
     batch_size: int,
     max_length: int | None = None,
 ) -> Tensor:
-    """Hidden states of some layers side by side, averaged over each completion's tokens and the EOS behind them.
+    """Hidden states of some layers side by side, averaged over each completion's tokens and what ends it.
 
     [N, layers × hidden] in float32; sorted by length inside, so that little is padded. Completions are cut at `max_length`.
     """
-    prompt_ids = tokenizer(prompts)["input_ids"]
+    prompt_ids, end = encode_prompts(prompts, tokenizer), end_id(prompts, tokenizer)
     ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
-    whole = [[*a, *b[:max_length], tokenizer.eos_token_id] for a, b in zip(prompt_ids, ids, strict=True)]
+    whole = [[*a, *b[:max_length], end] for a, b in zip(prompt_ids, ids, strict=True)]
     order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
     features = torch.zeros(len(whole), len(layers) * model.config.hidden_size)
     for start in range(0, len(order), batch_size):
@@ -83,7 +84,7 @@ class HeadReward:
     mean: Tensor  # [D]
     std: Tensor  # [D]
 
-    def score(self, prompts: list[str], completions: list[str], batch_size: int) -> list[float]:
+    def score(self, prompts: list[Prompt], completions: list[str], batch_size: int) -> list[float]:
         features = self.states(prompts, completions, batch_size)
         return (((features - self.mean) / self.std) @ self.weight).tolist()
 
@@ -116,19 +117,19 @@ class ClassifierReward:
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.tokenizer = load_tokenizer(path)
-        self.tokenizer.padding_side = "right"
         self.model = from_safetensors(AutoModelForSequenceClassification, path, dtype="auto").to(device)
         if self.model.config.num_labels != 1:
             raise UserError(f"{path}: a reward model has one label, this one has {self.model.config.num_labels}")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.no_grad()
-    def score(self, prompts: list[str], completions: list[str], batch_size: int) -> list[float]:
-        texts = [p + c + self.tokenizer.eos_token for p, c in zip(prompts, completions, strict=True)]
+    def score(self, prompts: list[Prompt], completions: list[str], batch_size: int) -> list[float]:
+        ids = encode_whole(prompts, completions, self.tokenizer)
         scores: list[float] = []
-        for start in range(0, len(texts), batch_size):
-            batch = self.tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
-            scores += self.model(**batch.to(self.model.device)).logits.squeeze(-1).float().tolist()
+        for start in range(0, len(ids), batch_size):
+            part = pad(ids[start : start + batch_size], self.tokenizer.pad_token_id, "right")
+            tokens, mask = (x.to(self.model.device) for x in part)
+            scores += self.model(input_ids=tokens, attention_mask=mask).logits.squeeze(-1).float().tolist()
         return scores
 
 

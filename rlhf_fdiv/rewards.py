@@ -20,6 +20,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator
 from torch import Tensor
 
+from rlhf_fdiv.chat import Prompt, answers, is_chat
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.functions import Score, by_keyword, collected, in_threads
@@ -187,18 +188,21 @@ class Scorers:
         self._open: dict[str, Score] = {}
 
     def __call__(
-        self, names: list[str], /, prompts: list[str], completions: list[str], **columns: Any
+        self, names: list[str], /, prompts: list[Prompt], completions: list[str], **columns: Any
     ) -> dict[str, Tensor]:
         """Each scorer's scores [B] in float32, on the device; nan where one that is only a part of a `sum` gave None.
 
         Raises UserError for a wrong count, type or nan, and for a None elsewhere.
         """
-        rows = {"prompts": prompts, "completions": completions, **columns}
-        needed = with_parts(names, self.specs)
+        needed, as_messages = with_parts(names, self.specs), is_chat(prompts)
 
         def start(name: str) -> Any:
+            spec = self.specs[name]
             if name not in self._open:
-                self._open[name] = self.specs[name].open(self.device)
+                self._open[name] = spec.open(self.device)
+            # a user's function gets TRL's form, scorers of ours read text
+            texts = answers(completions) if as_messages and isinstance(spec, Function) else completions
+            rows = {"prompts": prompts, "completions": texts, **columns}
             return self._open[name](**{k: copy.copy(v) for k, v in rows.items()})  # what it changes is its own
 
         answers = {n: _told(n, start, n) for n in needed if not hasattr(self.specs[n], "parts")}

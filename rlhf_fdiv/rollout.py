@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from rlhf_fdiv.chat import stop_ids
 from rlhf_fdiv.estimators import importance_weights
 from rlhf_fdiv.models import under_adapter
 from rlhf_fdiv.sequences import Sequences, pad, pad_to_longest, sequence_sum, token_log_probs, wide
@@ -71,9 +72,9 @@ class Rollout:
     def texts(self, tokenizer: Any) -> list[str]:
         return tokenizer.batch_decode(self.token_ids(), skip_special_tokens=True)
 
-    def finished(self, eos_token_id: int) -> Tensor:
+    def finished(self, stops: list[int]) -> Tensor:
         """[B], whether the completion ended by itself."""
-        return ((self.sequences.completion_ids == eos_token_id) & self.sequences.mask.bool()).any(1)
+        return (_is_any(self.sequences.completion_ids, stops) & self.sequences.mask.bool()).any(1)
 
 
 def uniforms(seed: int, step: int, rows: int, length: int, stream: int = 0) -> Tensor:
@@ -96,9 +97,9 @@ def sample(
     if engine == "generate":
         return _hf_generate(lm, tokenizer, prompt_ids, prompt_mask, num_generations, noise)
     tokens, log_probs, entropy = _decode(
-        lm, prompt_ids, prompt_mask, num_generations, noise.to(device), tokenizer.eos_token_id
+        lm, prompt_ids, prompt_mask, num_generations, noise.to(device), stop_ids(tokenizer)
     )
-    mask = _until_eos(tokens, tokenizer.eos_token_id)
+    mask = _until_stop(tokens, stop_ids(tokenizer))
     sequences = Sequences(
         prompt_ids.repeat_interleave(num_generations, 0),
         prompt_mask.repeat_interleave(num_generations, 0),
@@ -126,7 +127,7 @@ def sample_each(
 
 
 def _decode(
-    lm: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor, eos: int
+    lm: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor, stops: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each prompt is read once and its cache expanded; completions that have ended leave the batch."""
     cache = _in_place(DynamicCache(config=lm.config))
@@ -143,14 +144,15 @@ def _decode(
     attention = prompt_mask.repeat_interleave(num_generations, 0)
     position = positions[:, -1:].repeat_interleave(num_generations, 0)
 
+    ends = torch.tensor(stops, device=noise.device)
     rows, length = noise.shape
-    tokens = torch.full((rows, length), eos, device=noise.device)
+    tokens = torch.full((rows, length), stops[0], device=noise.device)
     log_probs, entropy = torch.zeros(2, rows, length, dtype=logits.dtype, device=noise.device)
     alive = torch.arange(rows, device=noise.device)
     for t in range(length):
         token, log_prob, spread = _inverse_cdf(logits, noise[alive, t])
         tokens[alive, t], log_probs[alive, t], entropy[alive, t] = token, log_prob, spread
-        going = (token != eos).nonzero().squeeze(1)
+        going = torch.isin(token, ends, invert=True).nonzero().squeeze(1)
         if t + 1 == length or not len(going):
             return tokens[:, : t + 1], log_probs[:, : t + 1], entropy[:, : t + 1]
         if len(going) < len(alive):
@@ -235,10 +237,14 @@ def _search(mass: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     return item, (goal - (cumulative - mass).gather(1, item)).clamp(min=0)
 
 
-def _until_eos(tokens: Tensor, eos: int) -> Tensor:
-    """1 up to and including the first EOS, [B, T]."""
-    ended_before = (tokens == eos).long().cumsum(1) - (tokens == eos).long()
-    return (ended_before == 0).long()
+def _is_any(tokens: Tensor, ids: list[int]) -> Tensor:
+    return torch.isin(tokens, torch.tensor(ids, device=tokens.device))
+
+
+def _until_stop(tokens: Tensor, stops: list[int]) -> Tensor:
+    """1 up to and including the first token that ends a completion, [B, T]."""
+    ends = _is_any(tokens, stops).long()
+    return (ends.cumsum(1) - ends == 0).long()
 
 
 @contextlib.contextmanager
@@ -267,13 +273,13 @@ def _hf_generate(
             top_k=0,  # transformers 5 truncates to 50 tokens unless told not to
             top_p=1.0,
             temperature=1.0,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stop_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             return_dict_in_generate=True,
             output_logits=True,
         )
     tokens = out.sequences[:, prompt_ids.shape[1] :]
-    mask = _until_eos(tokens, tokenizer.eos_token_id)
+    mask = _until_stop(tokens, stop_ids(tokenizer))
     logits = torch.stack(out.logits, 1).float()
     log_p = torch.log_softmax(logits, -1)
     entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)

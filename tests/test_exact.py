@@ -13,18 +13,18 @@ from rlhf_fdiv.config import load
 
 
 def test_all_texts_are_those_of_the_language_once_each():
-    assert sorted(metrics.all_texts(VOCAB, EOS, LENGTH)) == sorted(TEXTS)
-    assert len(metrics.all_texts(6, 1, 5)) == 3906
+    assert sorted(metrics.all_texts(VOCAB, [EOS], LENGTH)) == sorted(TEXTS)
+    assert len(metrics.all_texts(6, [1], 5)) == 3906
 
 
 def test_too_many_texts_are_refused_with_their_number():
     with pytest.raises(ValueError, match="cannot be enumerated"):
-        metrics.all_texts(50_000, 0, 2)
+        metrics.all_texts(50_000, [0], 2)
 
 
 def test_their_log_probs_are_those_of_the_policy():
     _, policy, *_ = language()
-    texts = metrics.all_texts(VOCAB, EOS, LENGTH)
+    texts = metrics.all_texts(VOCAB, [EOS], LENGTH)
     found = metrics.log_probs_of_all(policy.lm, PROMPTS, texts, 50)
     order = [texts.index(text) for text in TEXTS]
     assert torch.allclose(found[:, order], exact_log_probs(policy), atol=1e-9)

@@ -25,6 +25,7 @@ ORDER = (
     "known_models",
     "weights",
     "model_options",
+    "chat",
     "models",
     "toy",
     "data",

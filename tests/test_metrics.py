@@ -285,7 +285,7 @@ def logged():
         )
         seen = {}
         training = SimpleNamespace(accelerator=Accelerator(cpu=True), log=lambda step, values, *_: seen.update(values))
-        log = Log(config, training, eos_token_id=EOS)
+        log = Log(config, training, stops=[EOS])
         rollout = Rollout(batch, log_pi, torch.zeros_like(log_pi), [0, 1, 2])
         log.step(1, rollout, {}, {}, potential, log_a, log_z, {}, 1.0)
         return seen, sequence_sum(log_pi, batch.mask), sequence_sum(log_a, batch.mask)

@@ -1,9 +1,11 @@
 """What is sampled has the distribution that its log-probs are of, for both engines, and depends on its noise alone."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from architectures import SIZES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -16,6 +18,7 @@ from toy import (
     PROMPTS,
     TEXTS,
     TOKENIZER,
+    VOCAB,
     N,
     P,
     exact_log_probs,
@@ -34,10 +37,21 @@ ENGINES = ("cached", "generate")
 PRECISION = {"cached": 1e-10, "generate": 1e-6}  # generate hands its logits out in float32, whatever the model's dtype
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 every_lm = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_family = pytest.mark.parametrize("architecture", [*ARCHITECTURES, *sorted(SIZES.keys() - {*ARCHITECTURES})])
 
 
 def T(*values, dtype=torch.float64):
     return torch.tensor(values, dtype=dtype)
+
+
+@functools.cache
+def lm_of(architecture):
+    """The toy's policy, or a model of another family in float32."""
+    return language(architecture)[0].lm if architecture in ARCHITECTURES else tiny_model(architecture, VOCAB)
+
+
+def precision(lm, engine):
+    return 1e-5 if lm.dtype == torch.float32 else PRECISION[engine]
 
 
 def draw(lm, k, engine="cached", prompts=PROMPTS, seed=0):
@@ -85,10 +99,10 @@ def test_generate_samples_the_full_distribution_whatever_the_models_own_generati
 
 
 @every_engine
-@every_lm
+@every_family
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_captured_log_probs_are_those_of_a_fresh_forward(engine, architecture, lora):
-    lm = with_adapter(tiny_lm(architecture)) if lora else language(architecture)[0].lm
+    lm = with_adapter(lm_of(architecture)) if lora else lm_of(architecture)
     sequences, log_probs, _ = draw(lm, 40, engine)
     lengths = sequences.mask.sum(1)
     assert set(lengths.tolist()) == {1, 2, 3, 4}, "the case is to hold completions that end early and late"
@@ -98,23 +112,23 @@ def test_captured_log_probs_are_those_of_a_fresh_forward(engine, architecture, l
         if lora:
             with lm.disable_adapter():
                 assert (Policy(lm)(sequences).log_probs - fresh).abs().max() > 0.1, "the adapter matters"
-    assert torch.allclose(log_probs.double(), fresh, rtol=0, atol=PRECISION[engine])
+    assert torch.allclose(log_probs.double(), fresh.double(), rtol=0, atol=precision(lm, engine))
 
 
 @every_engine
-@every_lm
-def test_entropies_are_those_of_the_visited_states(engine, architecture):
-    policy, _ = language(architecture)
-    sequences, log_probs, entropy = draw(policy.lm, 5, engine)
+@every_family
+def test_log_probs_and_entropies_are_those_of_each_text_read_alone(engine, architecture):
+    lm = lm_of(architecture)
+    sequences, log_probs, entropy = draw(lm, 5, engine)
     for i in range(len(sequences)):
         prompt = sequences.prompt_ids[i][sequences.prompt_mask[i] == 1]
         text = sequences.completion_ids[i][sequences.mask[i] == 1]
         with torch.no_grad():
-            logits = policy.lm(torch.cat([prompt, text])[None]).logits[0, len(prompt) - 1 : -1]
-        p = logits.softmax(-1)
-        assert torch.allclose(
-            entropy[i, : len(text)].double(), torch.special.entr(p).sum(-1), rtol=0, atol=PRECISION[engine]
-        )
+            logits = lm(torch.cat([prompt, text])[None], use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+        log_p = logits.log_softmax(-1)
+        alone = log_p.gather(1, text[:, None]).squeeze(1), torch.special.entr(log_p.exp()).sum(-1)
+        for found, expected in zip((log_probs, entropy), alone, strict=True):
+            assert torch.allclose(found[i, : len(text)].double(), expected, rtol=0, atol=precision(lm, engine))
     assert (entropy[sequences.mask == 0] == 0).all()
     assert (log_probs[sequences.mask == 0] == 0).all()
 
@@ -151,20 +165,20 @@ def test_the_cache_holds_what_a_plain_one_does_whatever_is_done_to_it(data):
 # -- its noise alone ---------------------------------------------------------------------------------------------------
 
 
-@every_lm
+@every_family
 def test_the_same_noise_gives_the_same_completion_whatever_stands_beside_it(architecture):
-    policy, _ = language(architecture)
+    lm = lm_of(architecture)
     k = 8
     noise = uniforms(4, 2, P * k, LENGTH)
-    together, log_probs, _ = sample(policy.lm, TOKENIZER, PROMPTS, k, noise)
+    together, log_probs, _ = sample(lm, TOKENIZER, PROMPTS, k, noise)
     for i, prompt in enumerate(PROMPTS):
         for j in range(k):
             row = i * k + j
-            alone, alone_log_probs, _ = sample(policy.lm, TOKENIZER, [prompt], 1, noise[row : row + 1])
+            alone, alone_log_probs, _ = sample(lm, TOKENIZER, [prompt], 1, noise[row : row + 1])
             length = alone.mask.shape[1]
             assert alone.completion_ids[0].tolist() == together.completion_ids[row, :length].tolist()
             assert int(together.mask[row].sum()) == length
-            assert torch.allclose(alone_log_probs[0], log_probs[row, :length], rtol=0, atol=1e-10)
+            assert torch.allclose(alone_log_probs[0], log_probs[row, :length], rtol=0, atol=precision(lm, "cached"))
 
 
 @every_engine
@@ -181,7 +195,7 @@ def test_the_same_noise_gives_the_same_completions_again_and_other_noise_others(
 def test_a_completion_ends_with_its_first_eos_or_is_cut_and_is_never_forced_to_end(engine):
     policy, _ = language()
     sequences, *_ = draw(policy.lm, 200, engine)
-    finished = Rollout(sequences, None, None, [0, 1, 2]).finished(EOS)
+    finished = Rollout(sequences, None, None, [0, 1, 2]).finished([EOS])
     for ids, mask, ended in zip(
         sequences.completion_ids.tolist(), sequences.mask.tolist(), finished.tolist(), strict=True
     ):

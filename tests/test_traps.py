@@ -77,7 +77,7 @@ from rlhf_fdiv.models import Policy, Reference, load_causal_lm, load_policy, loa
 from rlhf_fdiv.objectives import Match, Regularise, token_rewards
 from rlhf_fdiv.reward_models import HeadReward, HiddenStates, load_reward_model
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
-from rlhf_fdiv.sequences import Sequences, sequence_sum
+from rlhf_fdiv.sequences import Sequences, pad, sequence_sum
 from rlhf_fdiv.stages import policy as policy_stage
 from rlhf_fdiv.stages import policy_rollout, policy_update, sft
 from rlhf_fdiv.stages.policy import self_check
@@ -193,7 +193,7 @@ def test_a_sound_model_passes_the_self_check(made, architecture, engine, model, 
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == bool(special)
     batch = drawn_by(policy, tokenizer, folder, engine)
-    finished, mask = batch.finished(1), batch.sequences.mask
+    finished, mask = batch.finished([1]), batch.sequences.mask
     assert finished.any()
     assert not finished.all()
     assert (batch.sequences.prompt_mask == 0).any()
@@ -347,7 +347,9 @@ def test_a_tokenizer_without_pad_makes_the_same_run(made, policy, monkeypatch, a
     assert rows_of(padded) == rows_of(plain)
     assert same(weights(padded), weights(plain))
     assert any(0 < row["finished"] < 1 for row in rows_of(plain))
-    monkeypatch.setattr(rollout, "_until_eos", lambda tokens, eos: (tokens != eos).long())  # padding told by its id
+    monkeypatch.setattr(
+        rollout, "_until_stop", lambda tokens, stops: (tokens != stops[0]).long()
+    )  # padding told by its id
     swallowed = rows_of(policy(made(architecture, eos_token="<eos>"), *args))
     assert all(row["finished"] == 0 for row in swallowed)
     assert [row["length"] for row in swallowed] != [row["length"] for row in rows_of(plain)]
@@ -367,7 +369,7 @@ def test_an_eos_that_is_swallowed_in_the_mask_is_found(monkeypatch, engine):
         return sequence_sum(log_probs, drawn.mask).double() - log_pi.flatten()[texts]
 
     assert text_log_probs().abs().max() <= 1e-5
-    monkeypatch.setattr(rollout, "_until_eos", lambda tokens, eos: (tokens != eos).long())
+    monkeypatch.setattr(rollout, "_until_stop", lambda tokens, stops: (tokens != stops[0]).long())
     with pytest.raises(ValueError, match="outside the language"):
         text_log_probs()
 
@@ -381,7 +383,7 @@ def test_sft_with_pad_as_eos_learns_to_end(made, data, tmp_path, monkeypatch):
         out = run(write_config(tmp_path / f"{folder.name}.yaml", raw)).path / "sft"
         lm, tokenizer = load_causal_lm(str(out / "model"), ModelOptions("")), load_tokenizer(str(out / "model"))
         batch = drawn_by(Policy(lm), tokenizer, None, "cached", length=12)
-        return weights(out), float(batch.finished(1).float().mean())
+        return weights(out), float(batch.finished([1]).float().mean())
 
     ours, ended = trained(made("gpt2"))
     again, ended_again = trained(made("gpt2", eos_token="<eos>"))
@@ -476,7 +478,7 @@ def test_a_head_that_reads_padding_is_found(made, monkeypatch, architecture, spe
 
 @pytest.mark.parametrize("special", [{}, {"eos_token": "<eos>"}], ids=["pad", "pad = eos"])
 @pytest.mark.parametrize("broken", ["", "pad_token_id", "padding_side"])
-def test_a_classifier_that_reads_padding_is_found(tmp_path, special, broken):
+def test_a_classifier_that_reads_padding_is_found(tmp_path, monkeypatch, special, broken):
     """Saved with a wrong pad_token_id, which loading mends; padding on the left would need position_ids."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(WORDS), n_embd=32, n_layer=1, n_head=2, n_positions=64, initializer_range=0.3,
@@ -488,7 +490,7 @@ def test_a_classifier_that_reads_padding_is_found(tmp_path, special, broken):
     if broken == "pad_token_id":
         model.model.config.pad_token_id = 5
     if broken == "padding_side":
-        model.tokenizer.padding_side = "left"
+        monkeypatch.setattr(reward_models, "pad", lambda rows, value, side: pad(rows, value, "left"))
     together = torch.tensor(model.score(*SHORT_AND_LONG, 3))
     assert torch.allclose(together, alone, rtol=0, atol=1e-5) == (not broken)
 
@@ -506,10 +508,10 @@ def test_a_forced_eos_is_ignored_and_found(monkeypatch, lora):
         log_pi = exact_log_probs(Policy(lm))
     drawn, *_ = sample(lm, TOKENIZER, PROMPTS, k, noise, "generate")
     assert p_value(drawn, log_pi, k) > 1e-4
-    assert not Rollout(drawn, None, None, []).finished(EOS).all()
+    assert not Rollout(drawn, None, None, []).finished([EOS]).all()
     monkeypatch.setattr(rollout, "_neutral", lambda lm: contextlib.nullcontext())
     forced, *_ = sample(lm, TOKENIZER, PROMPTS, k, noise, "generate")
-    assert Rollout(forced, None, None, []).finished(EOS).all()
+    assert Rollout(forced, None, None, []).finished([EOS]).all()
     assert p_value(forced, log_pi, k) < 1e-6
 
 
@@ -519,7 +521,7 @@ def test_an_eos_written_over_the_last_token_is_found(made, policy, monkeypatch, 
 
     def forced(*args):
         tokens, log_probs, entropy = decode(*args)
-        tokens[:, -1] = args[-1]
+        tokens[:, -1] = args[-1][0]
         return tokens, log_probs, entropy
 
     monkeypatch.setattr(rollout, "_decode", forced)
@@ -528,7 +530,7 @@ def test_an_eos_written_over_the_last_token_is_found(made, policy, monkeypatch, 
 
 def test_a_cut_text_gets_no_eos():
     """Neither in a rollout nor in the data of prefer and distil: with one, the probabilities would not add up to 1."""
-    ids = tokenize_completions(["a very good film", "good"], tiny.tokenizer(), 3)
+    ids = tokenize_completions(["a", "a"], ["a very good film", "good"], tiny.tokenizer(), 3)
     assert [row[-1] == 1 for row in ids] == [False, True]
     assert [len(row) for row in ids] == [3, 2]
     policy, _ = language("gpt2")

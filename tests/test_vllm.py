@@ -91,7 +91,7 @@ def test_a_completion_ends_with_its_eos_or_at_the_maximal_length_and_not_with_th
     _, served, client = toy_server
     served.lm.config.eos_token_id = 1  # of a chat model, say: here it is a word like others
     sequences, *_ = draw(client, 100)
-    finished = Rollout(sequences, None, None, [*range(P)]).finished(EOS)
+    finished = Rollout(sequences, None, None, [*range(P)]).finished([EOS])
     lengths = sequences.mask.sum(1)
     last = sequences.completion_ids.gather(1, lengths[:, None] - 1).squeeze(1)
     assert torch.equal(finished, last == EOS)

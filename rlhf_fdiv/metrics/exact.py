@@ -16,13 +16,14 @@ from rlhf_fdiv.sequences import Sequences, pad
 LIMIT = 200_000
 
 
-def all_texts(vocab_size: int, eos_token_id: int, length: int) -> list[list[int]]:
-    """Every completion of at most `length` tokens: those that end, and those that are cut. ValueError for too many."""
-    count = sum((vocab_size - 1) ** n for n in range(length + 1))
+def all_texts(vocab_size: int, stops: list[int], length: int) -> list[list[int]]:
+    """Every completion of at most `length` tokens: those that end with one of `stops`, and those that are cut. ValueError for
+    too many."""
+    others = [token for token in range(vocab_size) if token not in stops]
+    count = len(stops) * sum(len(others) ** n for n in range(length)) + len(others) ** length
     if count > LIMIT:
         raise ValueError(f"{count:,} texts of at most {length} tokens cannot be enumerated (limit {LIMIT:,})")
-    others = [token for token in range(vocab_size) if token != eos_token_id]
-    ended = [[*t, eos_token_id] for n in range(length) for t in itertools.product(others, repeat=n)]
+    ended = [[*t, stop] for n in range(length) for t in itertools.product(others, repeat=n) for stop in stops]
     return ended + [list(t) for t in itertools.product(others, repeat=length)]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fdiv.data import Rows, tokenize_completions
+from rlhf_fdiv.chat import encode_prompts
+from rlhf_fdiv.data import COMPLETIONS, Rows, tokenize_completions
 from rlhf_fdiv.models import read_completions
 from rlhf_fdiv.sequences import Sequences, pad, token_log_probs, wide
 
@@ -53,9 +54,9 @@ def perplexity(lm: Any, tokenizer: Any, rows: Rows, batch_size: int) -> dict[str
     rows = sorted(rows, key=lambda r: len(r["completion"]))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        prompts = pad(tokenizer([r["prompt"] for r in batch])["input_ids"], 0, "left")
-        completions = pad(tokenize_completions([r["completion"] for r in batch], tokenizer, 10**9), 0, "right")
-        sequences = Sequences(*(x.to(device) for x in (*prompts, *completions)))
+        prompts, texts = ([r[key] for r in batch] for key in COMPLETIONS)
+        prompt_ids, ids = encode_prompts(prompts, tokenizer), tokenize_completions(prompts, texts, tokenizer, 10**9)
+        sequences = Sequences(*(x.to(device) for x in (*pad(prompt_ids, 0, "left"), *pad(ids, 0, "right"))))
         nats -= float(token_log_probs(_logits(lm, sequences), sequences.completion_ids, sequences.mask).sum())
         tokens += float(sequences.mask.sum())
         characters += sum(len(r["completion"]) for r in batch)

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from rlhf_fdiv import config as configs
 from rlhf_fdiv import metrics
 from rlhf_fdiv.cards import write_cards
+from rlhf_fdiv.chat import is_chat
 from rlhf_fdiv.config import STAGES, RunConfig, data_needs
 from rlhf_fdiv.config.checks import validate
 from rlhf_fdiv.data import (
@@ -95,6 +96,7 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
     }
     problems: list[str] = []
     prompts: dict[str, Rows] = {}
+    messages: dict[str, Rows] = {}
 
     def collect(check: Any, *args: Any) -> Any:
         try:
@@ -121,6 +123,8 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
             problems.append(f"{source}: every pair has the same text twice; nothing can be learned from it")
         if rows and (fields is PROMPTS or key in whole):
             prompts[source] = rows
+        elif rows and is_chat([rows[0]["prompt"]]):
+            messages[source] = rows
     if "evaluate" in stages:
         collect(metrics.require_harness, config.evaluate.lm_eval, config.evaluate.mauve)
         rows = prompts.get(str(config.data.prompts_eval))
@@ -135,15 +139,19 @@ def check_inputs(config: RunConfig, stages: list[str]) -> None:
             elif isinstance(spec, Function):
                 collect(spec.open, torch.device("cpu"))
     policy_model = config.training.model or config.model.name_or_path
-    if {"sft", "reward"} & set(stages) and config.model.name_or_path != policy_model:
-        read_model(config.model.name_or_path)
     tokenizer, context = read_model(policy_model)
+    first = tokenizer
+    if {"sft", "reward"} & set(stages) and config.model.name_or_path != policy_model:
+        first, _ = read_model(config.model.name_or_path)
     if "distil" in stages and tokenizer is not None and context is not None:
         room = collect(teacher_context, str(config.distil.teacher), policy_model)
         context = room and min(context, room)
     if tokenizer is not None and context is not None:
         for source, rows in prompts.items():
             collect(tokenize_prompts, rows, tokenizer, source, context - config.training.max_completion_length)
+    if first is not None:  # whether its chat template takes them; their length is for the stages to judge
+        for source, rows in messages.items():
+            collect(tokenize_prompts, rows, first, source, sys.maxsize)
     if problems:
         raise UserError(*problems)
 

@@ -55,7 +55,8 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             mine = torch.tensor(training.share(list(range(options.num_prompts))))
             batch, *_ = sample(training.whole().lm, tokenizer, [ids[i] for i in numbers], 1, noise[mine])
         else:
-            written = tokenize_completions([rows[i]["completion"] for i in numbers], tokenizer, length)
+            before, after = ([rows[i][key] for i in numbers] for key in COMPLETIONS)
+            written = tokenize_completions(before, after, tokenizer, length)
             columns = (*pad([ids[i] for i in numbers], 0, "left"), *pad(written, 0, "right"))
             batch = Sequences(*(x.to(accelerator.device) for x in columns))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from rlhf_fdiv import divergences, metrics, targets
+from rlhf_fdiv.chat import Prompt, shown, stop_ids
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import (
     COMPLETIONS,
@@ -130,7 +131,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         report["lm_eval"] = {name: metrics.lm_eval(lm, tokenizer, *how) for name, lm in models.items()}
 
     # write
-    table = pd.DataFrame({"prompt": prompts})
+    table = pd.DataFrame({"prompt": [shown(prompt) for prompt in prompts]})
     for name, x in samples.items():
         table[name] = x.texts
         for scorer, values in x.scores.items():
@@ -185,7 +186,7 @@ def add_mauve(
     known = reference_texts(rows[:: config.evaluate.num_generations], config.data.sft_eval, len(rows))
     size, length = config.evaluate.batch_size, config.training.max_completion_length
 
-    def states(prompts: list[str], texts: list[str]) -> Tensor:
+    def states(prompts: list[Prompt], texts: list[str]) -> Tensor:
         return completion_states(reference.base_model, tokenizer, [-1], prompts, texts, size, length)
 
     features = states([row["prompt"] for row in known], [row["completion"] for row in known])
@@ -207,7 +208,7 @@ def enumerate_language(
     """The same figures without an estimate, over every text."""
     try:
         every = metrics.all_texts(
-            models["policy"].config.vocab_size, tokenizer.eos_token_id, config.training.max_completion_length
+            models["policy"].config.vocab_size, stop_ids(tokenizer), config.training.max_completion_length
         )
     except ValueError as error:
         raise UserError(f"evaluate.exact: {error}") from error

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from rlhf_fdiv import targets
+from rlhf_fdiv.chat import stop_ids
 from rlhf_fdiv.checkpoints import newest_checkpoint
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PROMPTS, read_rows, tokenize_prompts
@@ -71,7 +72,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     target = solve_target(config, sampler, scorers, log_partition)
     dual = training.state["dual"] = DualAscent(target)
     step = training.restore()
-    log = Log(config, training, tokenizer.eos_token_id)
+    log = Log(config, training, stop_ids(tokenizer))
     if step == 0:
         first = row_order(config.seed, 0, options.num_prompts, len(rows))
         self_check(training.policy, reference, sampler.draw(0, first, 1, sampler.policy())[0], options.engine)

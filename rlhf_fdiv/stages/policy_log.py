@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf_fdiv import divergences
+from rlhf_fdiv.chat import shown
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.rollout import Rollout
@@ -24,8 +25,8 @@ SHOWN = ("objective", "kl_reference", "divergence_target", "ess_log_z", "entropy
 class Log:
     """The figures and completions of a policy step, gathered from every process."""
 
-    def __init__(self, config: RunConfig, training: Training, eos_token_id: int) -> None:
-        self.config, self.training, self.eos_token_id = config, training, eos_token_id
+    def __init__(self, config: RunConfig, training: Training, stops: list[int]) -> None:
+        self.config, self.training, self.stops = config, training, stops
         fs = [config.f, *map(divergences.get, config.evaluate.divergences)]
         self.measured = {divergences.label(f): f for f in fs}
         self.completions: list[dict[str, Any]] = []
@@ -48,7 +49,7 @@ class Log:
         mask, k = batch.sequences.mask, self.config.policy.num_generations
         log_pi, log_ref = sequence_sum(batch.log_probs, mask), sequence_sum(log_a, mask)
         entropy, lengths = sequence_sum(batch.entropy, mask), mask.sum(-1).float()
-        finished = batch.finished(self.eos_token_id).float()
+        finished = batch.finished(self.stops).float()
         columns = [log_pi, log_ref, potential, log_z, entropy, lengths, finished, batch.log_mu, batch.drawn]
         whole = accelerator.gather(torch.stack([*columns, *scores.values()], 1).contiguous())
         log_pi, log_ref, potential, log_z, _, _, _, log_mu, own, *_ = whole.unbind(1)
@@ -77,7 +78,8 @@ class Log:
         # a column of the data does not give way to a figure of its name, nor hide it
         data = {f"data.{name}" if name in {"step", *scores} else name: column for name, column in texts.items()}
         rows = [
-            {"step": step, **{c: v[i] for c, v in data.items()}, **{n: float(s[i]) for n, s in scores.items()}}
+            {"step": step, **{c: shown(v[i]) if c == "prompts" else v[i] for c, v in data.items()}}
+            | {n: float(s[i]) for n, s in scores.items()}
             for i in batch.drawn.nonzero().squeeze(1).tolist()
         ]
         self.completions += gather_object(rows)

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rlhf_fdiv.chat import stop_ids
 from rlhf_fdiv.checkpoints import newest_checkpoint
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, merged
@@ -30,7 +31,7 @@ from rlhf_fdiv.stages.training import Mean, Training
 T = TypeVar("T")
 _AT_ONCE = 64  # requests; the server batches their completions as it can
 _OTHER_WEIGHTS = 0.3  # nats a token: ten times what bfloat16 makes
-# the whole distribution, whatever the model's generation config says, until our own EOS and no other
+# the whole distribution, whatever the model's generation config says, until what ends a completion here and nothing else
 _PLAIN = {
     "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, "ignore_eos": True, "logprobs": 0, "return_token_ids": True,
@@ -69,18 +70,18 @@ class Server:
 
         One request a prompt: vLLM gives all prompts of a request one seed, and each completion of a prompt the next.
         """
-        eos, length = self.tokenizer.eos_token_id, noise.shape[1]
+        stops, length = stop_ids(self.tokenizer), noise.shape[1]
 
         def ask(i: int) -> list[tuple[list[int], list[float]]]:
             seed = int(noise[i * num_generations, 0] * 2**53)
             what = {"model": self.model, "prompt": prompts[i], "n": num_generations, "max_tokens": length, "seed": seed}
-            body = _PLAIN | what | {"stop_token_ids": [eos]}
-            return self._ask("/v1/completions", lambda x: _completions(x, num_generations, length, eos), body)
+            body = _PLAIN | what | {"stop_token_ids": stops}
+            return self._ask("/v1/completions", lambda x: _completions(x, num_generations, length, stops), body)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             drawn = [completion for answer in pool.map(ask, range(len(prompts))) for completion in answer]
         each = [prompt for prompt in prompts for _ in range(num_generations)]
-        tokens, mask = pad([ids for ids, _ in drawn], eos, "right")
+        tokens, mask = pad([ids for ids, _ in drawn], stops[0], "right")
         log_probs = torch.zeros(mask.shape)
         log_probs[mask.bool()] = torch.tensor([x for _, log_probs in drawn for x in log_probs])
         columns = (*pad(each, self.tokenizer.pad_token_id, "left"), tokens, mask, log_probs)
@@ -126,12 +127,12 @@ class Server:
         )
 
 
-def _completions(answer: Any, count: int, length: int, eos: int) -> list[tuple[list[int], list[float]]]:
+def _completions(answer: Any, count: int, length: int, stops: list[int]) -> list[tuple[list[int], list[float]]]:
     """Token ids, an EOS included, and log-probs of each completion. Raises ValueError where one ends otherwise."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     drawn = [(choice["token_ids"], [*map(float, choice["logprobs"]["token_logprobs"])]) for choice in choices]
     for ids, log_probs in drawn:
-        if (ids[-1] != eos and len(ids) != length) or eos in ids[:-1] or len(ids) != len(log_probs):
+        if (ids[-1] not in stops and len(ids) != length) or {*stops} & {*ids[:-1]} or len(ids) != len(log_probs):
             raise ValueError(f"a completion of {len(ids)} tokens that ends neither with EOS nor at {length}: {ids}")
     if len(drawn) != count:
         raise ValueError(f"{len(drawn)} completions in place of {count}")

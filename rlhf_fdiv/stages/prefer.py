@@ -95,8 +95,8 @@ Pair = tuple[list[int], list[int], list[int]]
 def tokenize_pairs(rows: Rows, tokenizer: Any, source: str, length: int, context: int) -> list[Pair]:
     """Token ids of prompt, chosen and rejected text of each row."""
     prompts = tokenize_prompts(rows, tokenizer, source, context - length)
-    sides = (tokenize_completions([r[side] for r in rows], tokenizer, length) for side in ("chosen", "rejected"))
-    return list(zip(prompts, *sides, strict=True))
+    before, *sides = ([r[key] for r in rows] for key in PREFERENCES)
+    return list(zip(prompts, *(tokenize_completions(before, x, tokenizer, length) for x in sides), strict=True))
 
 
 def collate(pairs: list[Pair], numbers: list[int], device: torch.device) -> Sequences:

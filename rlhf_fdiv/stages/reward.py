@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from rlhf_fdiv import divergences
+from rlhf_fdiv.chat import encode_whole
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PREFERENCES, Rows, rater_shares, read_rows
 from rlhf_fdiv.errors import UserError
@@ -56,12 +57,13 @@ def fit_on_hidden_states(
     """The fast option: hidden states once for each text, then a convex fit of seconds (convex for forward KL)."""
     options = config.reward
     states = HiddenStates(config.model.name_or_path, config.model.dtype, options.layers, device)
-    texts = list(dict.fromkeys((row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")))
-    place = {text: i for i, text in enumerate(texts)}
-    features = states([p for p, _ in texts], [c for _, c in texts], options.batch_size)
+    pairs = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
+    texts = {repr(pair): pair for pair in pairs}
+    features = states([p for p, _ in texts.values()], [c for _, c in texts.values()], options.batch_size)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     features = (features - mean) / std
-    first, second = (torch.tensor([place[row["prompt"], row[side]] for row in rows]) for side in ("chosen", "rejected"))
+    place = {key: i for i, key in enumerate(texts)}
+    first, second = torch.tensor([place[repr(pair)] for pair in pairs]).chunk(2)
     difference = features[first] - features[second]
     weight = fit_head(f, difference, preference, options.l2)
     backbone = {"backbone": config.model.name_or_path, "dtype": config.model.dtype, "layers": options.layers}
@@ -99,8 +101,9 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
     model = from_safetensors(AutoModelForSequenceClassification, config.model.name_or_path, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     args = trainer_arguments(RewardConfig, "reward", config.reward, config, out, max_length=config.reward.max_length)
-    columns = {k: [row[k] for row in rows] for k in PREFERENCES} | {"margin": preference.tolist()}
-    data = Dataset.from_dict(columns)
+    prompts, *sides = ([row[k] for row in rows] for k in PREFERENCES)
+    chosen, rejected = (encode_whole(prompts, texts, tokenizer) for texts in sides)
+    data = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected, "margin": preference.tolist()})
     with training_by_trl("reward", config.reward):
         trainer = DivergenceRewardTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     require_rows(trainer, str(config.data.preferences_train), "reward")

@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_fdiv import divergences
+from rlhf_fdiv.chat import encode_prompts, stop_ids
 from rlhf_fdiv.checkpoints import newest_checkpoint, step_of
 from rlhf_fdiv.config import RunConfig
-from rlhf_fdiv.data import COMPLETIONS, read_rows
+from rlhf_fdiv.data import COMPLETIONS, read_rows, tokenize_completions
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
 from rlhf_fdiv.objectives import next_token_divergence
@@ -69,8 +70,12 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         max_length=min(options.max_length, context_length(name)),
         completion_only_loss=True,
     )
+    prompts, texts = ([row[k] for row in rows] for k in COMPLETIONS)
+    ids = encode_prompts(prompts, tokenizer), tokenize_completions(prompts, texts, tokenizer, args.max_length)
+    columns = [{"input_ids": x + y, "completion_mask": [0] * len(x) + [1] * len(y)} for x, y in zip(*ids, strict=True)]
     model = load_causal_lm(name, config.model)
-    data = Dataset.from_list([{k: row[k] for k in COMPLETIONS} for row in rows])
+    model.generation_config.eos_token_id = stop_ids(tokenizer)  # type: ignore[union-attr]
+    data = Dataset.from_list(columns)
     with training_by_trl("sft", options):
         trainer = DivergenceSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)  # type: ignore[arg-type]
     require_rows(trainer, source, "sft")
