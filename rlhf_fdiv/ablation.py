@@ -16,6 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from rlhf_fdiv import comparison
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.board import Board
@@ -66,7 +68,7 @@ def report(path: Path, overrides: list[str]) -> Path:
         from rlhf_fdiv import comparison_report
     except ImportError as error:
         raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
-    table, keys = comparison.collect(finished), list(ablation.grid)
+    table, keys = pd.DataFrame(map(comparison.read_run, finished)), list(ablation.grid)
     claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
     notes = [f"No finished run: {cell.name}." for cell in cells if cell.state != "finished"]
     if chosen is not None and ablation.search is not None:

@@ -70,6 +70,11 @@ def markdown_table(*rows: Iterable[str]) -> str:
     return "\n".join([head, re.sub(r"[^|]+", " --- ", head), *lines])
 
 
+def plain(text: str) -> str:
+    """Anyone's text as Markdown of one line that shows it as it stands."""
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", " ".join(text.split()))
+
+
 def _number(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "–"

@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,13 +226,14 @@ class Problem:
         return self.step(case.estimator), truth
 
 
+@dataclass(frozen=True)
 class OverGroups:
-    """An estimator of groups in expectation over all `groups`, as one of the whole language that `update` takes as any other."""
+    """A groups' estimator in expectation over every group: one of the whole language, which `update` takes as any other."""
 
-    def __init__(
-        self, estimator: Any, rows: Tensor, chance: Tensor, rewards_of: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        self.estimator, self.rows, self.chance, self.rewards_of = estimator, rows, chance, rewards_of
+    estimator: Any
+    rows: Tensor
+    chance: Tensor
+    rewards_of: Callable[[Tensor], Tensor] | None  # of a group's own log Ẑ, where the stage's are not meant
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.estimator, name)
