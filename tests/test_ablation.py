@@ -169,13 +169,11 @@ def test_the_choice_is_the_best_that_was_measured(make, tmp_path, best, wanted):
             (cell.config.folder / stage).mkdir(parents=True)
             (cell.config.folder / stage / "finished.json").write_text("{}")
         (cell.config.folder / "evaluate" / "metrics.json").write_text(json.dumps({"a": {"b": value}}))
-    assert grid.choose(ab, cells) == {"js": {"policy.learning_rate": wanted}}
+    assert grid.choose(ab) == {"js": {"policy.learning_rate": wanted}}
     assert json.loads((ab.folder / "search.json").read_text())["at_edge"] == []
     assert math.isnan(cells[3].metric("a.b"))
     (message,) = problems(cells[0].metric, "a.bb")
-    assert "did you mean 'b'" in message
-    (message,) = problems(cells[0].metric, "a")
-    assert "not one figure but b" in message
+    assert "did you mean 'a.b'" in message
 
 
 def test_a_metric_may_name_the_runs_own_f_whose_label_has_dots(make):
@@ -269,13 +267,13 @@ def test_a_scheduler_takes_the_cells(make, tmp_path, call):
 
 def test_the_live_table_shows_stage_and_steps(make, tmp_path):
     cell = grid.grid_cells(grid.load(make(POLICY, grid={"divergence": ["js", "tv"]})))[0]
-    board = Board([cell], "")
+    board = Board(1, "")
     board.started(cell)
     policy = cell.config.folder / "policy"
     policy.mkdir(parents=True)
     (policy / "metrics.jsonl").write_text('{"step": 1, "kl": 0.0}\n{"step": 2, "kl"')
     board.console = Console(width=80, record=True)
-    board.console.print(board._table())
+    board.console.print(board.table())
     drawn = board.console.export_text()
     assert " js " in drawn
     assert " policy " in drawn
