@@ -62,7 +62,7 @@ def report(path: Path, overrides: list[str]) -> Path:
         raise UserError(f"{ablation.folder}: no finished cell; run rlhf-fdiv ablate {path}")
     try:
         from rlhf_fdiv import comparison_report
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
     table, keys = pd.DataFrame(map(comparison.read_run, finished)), list(ablation.grid)
     claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}

@@ -186,23 +186,22 @@ def verify(
     import json
 
     import torch
-    from rich.console import Console
 
     from rlhf_fdiv import verify as proof
     from rlhf_fdiv.stages.common import prepare_process
 
     prepare_process()
     torch.set_num_threads(1)  # the tensors are tiny: several threads would only wait for each other
-    console, rows = Console(width=120), list[proof.Row]()
+    rows = list[proof.Row]()
     for part in proof.verify(divergence or ()):
         rows += part
         if not as_json:
-            console.print(*proof.tables(part))
+            typer.echo("\n".join(proof.lines(part)))
     if as_json:
         typer.echo(json.dumps([row._asdict() for row in rows], indent=1, ensure_ascii=False))
     else:
         failed = [row for row in rows if row.status == "fail"]
-        console.print(*proof.tables(failed), f"{len(rows)} rows: {proof.counts(rows)}")
+        typer.echo("\n".join([*proof.lines(failed), f"{len(rows)} rows: {proof.counts(rows)}"]))
     if any(row.status == "fail" for row in rows):
         raise typer.Exit(1)
 

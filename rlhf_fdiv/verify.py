@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator
-from rich.markup import escape
-from rich.table import Table
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -288,25 +286,18 @@ def verify(specs: Iterable[str] = ()) -> Iterator[list[Row]]:
             yield list(proof.rows(f))
 
 
-STYLES = {"pass": "green", "fail": "bold red", "biased": "yellow", "undefined": "dim"}
-
-
 def counts(rows: Iterable[Row]) -> str:
     count = Counter(row.status for row in rows)
-    return ", ".join(f"[{style}]{count[status]} {status}[/]" for status, style in STYLES.items() if count[status])
+    return ", ".join(f"{count[status]} {status}" for status in ("pass", "fail", "biased", "undefined") if count[status])
 
 
-def tables(rows: list[Row]) -> Iterator[Table]:
-    """One table for each divergence × objective, its counts in the title; a reason is told once, then ditto."""
+def lines(rows: list[Row]) -> Iterator[str]:
+    """A line for each row, under one with the counts of its divergence × objective; a reason is told once, then ditto."""
     for (divergence, objective), group in itertools.groupby(rows, lambda row: row[:2]):
         part, told = list(group), ""
-        table = Table("target", box=None, title_justify="left",
-                      title=f"[bold]{escape(divergence)}[/] · {objective}: {counts(part)}")  # fmt: skip
-        for name, width in (("estimator", 28), ("cosine", 7), ("error", 8), ("status", 9), ("reason", 0)):
-            table.add_column(name, min_width=width)
+        yield f"{divergence} · {objective}: {counts(part)}"
         for row in part:
-            figures = ("", "") if row.cosine is None else (f"{row.cosine:.4f}", f"{row.relative_error:.2g}")
-            reason = "″" if row.reason and row.reason == told else escape(row.reason)
-            table.add_row(row.target, row.estimator, *figures, f"[{STYLES[row.status]}]{row.status}[/]", reason)
+            figures = "" if row.cosine is None else f"cosine {row.cosine:.4f}, error {row.relative_error:.2g}"
+            reason = "″" if row.reason and row.reason == told else row.reason
+            yield f"  {row.target:9}  {row.estimator:28}  {figures:29}  {row.status:9}  {reason}".rstrip()
             told = row.reason
-        yield table
