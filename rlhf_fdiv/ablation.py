@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from rlhf_fdiv import comparison
 from rlhf_fdiv import config as configs
@@ -66,19 +67,11 @@ def report(path: Path, overrides: list[str]) -> Path:
         raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
     table, keys = pd.DataFrame(map(comparison.read_run, finished)), list(ablation.grid)
     claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
-    notes = [f"No finished run: {cell.name}." for cell in cells if cell.state != "finished"]
-    if search := ablation.search:
-        found = json.loads((ablation.folder / "search.json").read_text(encoding="utf-8"))
-        values = (f"{by}: {', '.join(f'{k} {v}' for k, v in best.items())}" for by, best in found["chosen"].items())
-        notes.append(
-            f"Chosen by the {search.best} of {search.metric} over runs that are none of these, of "
-            f"{found['samples']:,} samples in all and as many for each: {'; '.join(values)}."
-        )
-        if found["at_edge"]:
-            edge = ", ".join(found["at_edge"])
-            notes.append(f"At the edge of the values tried, so that a better one may lie beyond: {edge}.")
+    missing, search = [cell.name for cell in cells if cell.state != "finished"], None
+    if ablation.search:
+        search = vars(ablation.search) | json.loads((ablation.folder / "search.json").read_text(encoding="utf-8"))
     out = ablation.folder / "comparison"
-    comparison_report.write_comparison(out, table, keys, claims, notes)
+    comparison_report.write_comparison(out, table, keys, claims, missing, search)
     return out
 
 
@@ -133,7 +126,7 @@ def _executor(how: How) -> Any:
     if how.launch is not None:
         return ThreadPoolExecutor(how.jobs)
     threads = max(1, (os.cpu_count() or 1) // how.jobs)
-    return ProcessPoolExecutor(how.jobs, get_context("spawn"), initializer=_limit_threads, initargs=(threads,))
+    return ProcessPoolExecutor(how.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
 
 
 class _Here:
@@ -143,12 +136,6 @@ class _Here:
         future: Future[Any] = Future()
         future.set_result(call(*args))
         return future
-
-
-def _limit_threads(count: int) -> None:
-    import torch
-
-    torch.set_num_threads(count)
 
 
 def _submitit(options: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ def over_optimisation(curves: pd.DataFrame, proxy: str, gold: str) -> pd.DataFra
     """Proxy and gold reward against √KL(π‖reference) while training (arXiv 2210.10760), means over the seeds."""
     means = curves.groupby(["divergence", "step"], sort=False)[[proxy, gold, "kl_reference"]].mean().reset_index()
     means["x"] = np.sqrt(means["kl_reference"].clip(lower=0))
-    return means.melt(["divergence", "x"], [proxy, gold], "kind", "y")
+    return means.melt(["divergence", "step", "x"], [proxy, gold], "kind", "y")
 
 
 def lines(data: pd.DataFrame, fs: list[str], x: str, y: str, baselines: pd.DataFrame | None = None) -> alt.LayerChart:
@@ -45,12 +45,14 @@ def lines(data: pd.DataFrame, fs: list[str], x: str, y: str, baselines: pd.DataF
         alt.X("x:Q", title=x, scale=alt.Scale(zero=False)),
         alt.Y("y:Q", title=y, scale=alt.Scale(zero=False)),
     )
-    dash = {"strokeDash": alt.StrokeDash("kind:N", title=None, legend=BELOW)}
+    dash = {"strokeDash": alt.StrokeDash("kind:N", title=None, sort=None, legend=BELOW)}
     tips: list[Any] = [c for c in ("divergence", "rest", "kind") if c in data]
     tips += [alt.Tooltip("x:Q", title=x, format=".3g"), alt.Tooltip("y:Q", title=y, format=".3g")]
     base = alt.Chart(data).encode(color=colour).transform_filter(chosen)
-    curve = base.mark_line(strokeWidth=1.5).encode(x=across, y=up, order="x:Q", **dash if "kind" in data else {})
-    layers = [curve.add_params(chosen), base.mark_circle(size=30, opacity=1).encode(x=across, y=up, tooltip=tips)]
+    curve = base.mark_line(strokeWidth=1.5).encode(
+        x=across, y=up, order="step:Q" if "step" in data else "x:Q", **dash if "kind" in data else {}
+    )
+    layers = [curve.add_params(chosen), base.mark_circle(size=20, opacity=1).encode(x=across, y=up, tooltip=tips)]
     if "x_low" in data:
         layers.append(base.mark_rule(opacity=0.5).encode(y=up, x=alt.X("x_low:Q", title=x), x2="x_high"))
     if "y_low" in data:

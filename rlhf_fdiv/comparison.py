@@ -80,8 +80,8 @@ def with_settings(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         pairs = zip(names, values, strict=True)
         return ", ".join(f"{name} {x:g}" if isinstance(x, float) else f"{name} {x}" for name, x in pairs)
 
-    rest = [words(values) for values in table[others].to_numpy(object)]
-    return table.assign(divergence=table["config.divergence"], rest=rest, seed=table["config.seed"])
+    named = table[["config.divergence", "config.seed"]].set_axis(["divergence", "seed"], axis=1)
+    return pd.concat([table, named.assign(rest=[words(values) for values in table[others].to_numpy(object)])], axis=1)
 
 
 def training_curves(table: pd.DataFrame, windows: int = 12) -> pd.DataFrame:

@@ -38,9 +38,15 @@ PROMPTS = 8
 
 
 def write_comparison(
-    out: Path, table: pd.DataFrame, keys: list[str], claims: dict[str, list[Claim]], notes: list[str]
+    out: Path,
+    table: pd.DataFrame,
+    keys: list[str],
+    claims: dict[str, list[Claim]],
+    missing: list[str],
+    search: dict[str, Any] | None,
 ) -> None:
-    """Everything about the runs of `table` into `out`; `claims` by metric, `notes` are what a reader must know first."""
+    """Everything about the runs of `table` into `out`; `claims` by metric, the names of the cells that are `missing`, and
+    what a `search` was and found."""
     out.mkdir(parents=True, exist_ok=True)
     columns, runs, reward = setting_columns(table, keys), with_settings(table, keys), _reward(table)
     curves, best = training_curves(runs), best_of_n_curve(runs, reward) if reward else pd.DataFrame()
@@ -59,7 +65,8 @@ def write_comparison(
         "title": out.resolve().parent.name,
         "runs": table,
         "curvature": " and ".join(("off", "on")[x] for x in sorted(set(table["unit_curvature"]))),
-        "notes": notes,
+        "missing": missing,
+        "search": search,
         "figures": figures,
         "exact": len(exact_frontier(table)) > 0,
         "reward": reward,

@@ -131,25 +131,23 @@ def phases(ablation: Ablation) -> Iterator[tuple[str, list[Cell]]]:
     yield "cells", grid_cells(ablation, choose(ablation))
 
 
-def shared_keys(ablation: Ablation) -> list[str] | None:
-    """The grid's keys, but for the seed, that SFT or reward model are made from; None where there is nothing to share."""
+def shared_part(ablation: Ablation) -> tuple[list[str], list[str]]:
+    """The stages that need not run in every cell, and the grid's keys, but for the seed, that these are made from."""
     config = _cell(ablation, {}, ablation.folder, {}).config
-    stages = [stage for stage in config.stages if stage in SHARED]
-    if config.reuse or not stages:
-        return None
+    stages = [stage for stage in config.stages if stage in SHARED and not config.reuse]
     made_from = {key for stage in stages for key in MADE_FROM[stage]} - {"seed"}
     keys = [key for key in ablation.grid if touches(key, made_from)]
     if ablation.search and (left_out := [key for key in keys if key not in ablation.search.by]):
         raise UserError(
             f"{ablation.name}: search.by: must hold {', '.join(left_out)}, on which SFT or reward model depend"
         )
-    return keys
+    return stages, keys
 
 
 def shared_cells(ablation: Ablation) -> list[Cell]:
     """One run of SFT and reward model for each combination of the grid's values that they are made from."""
-    keys = shared_keys(ablation)
-    return [] if keys is None else _cells(ablation, keys, "shared", {"stages": list(SHARED)})
+    stages, keys = shared_part(ablation)
+    return _cells(ablation, keys, "shared", {"stages": stages}) if stages else []
 
 
 def search_cells(ablation: Ablation) -> list[Cell]:
@@ -196,10 +194,10 @@ def _cells(
 ) -> list[Cell]:
     """Every combination of the grid's values of these keys. Raises UserError with what is wrong in any of them."""
     cells, problems = list[Cell](), list[str]()
-    shared = None if part == "shared" else shared_keys(ablation)
+    stages, shared = shared_part(ablation)
     for combination in itertools.product(*(ablation.grid[key] for key in keys)):
         values, more = dict(zip(keys, combination, strict=True)), dict(fixed)
-        if shared is not None:
+        if stages and part != "shared":
             more["reuse"] = str(ablation.folder / "shared" / _label(values, shared))
         if chosen and ablation.search:
             more |= chosen[_label(values, ablation.search.by)]

@@ -90,6 +90,14 @@ def test_shared_stages_run_once_for_each_value_that_they_depend_on(make):
         assert cell.config.sft.learning_rate == cell.values["sft.learning_rate"]
 
 
+def test_only_stages_that_the_cells_ask_for_are_shared(make):
+    """A policy with a pattern for its reward needs no reward model, nor the pairs that one is made from."""
+    ab = grid.load(make(POLICY | {"stages": ["sft", "policy"]}, grid={"divergence": ["js", "tv"]}))
+    (shared,) = grid.shared_cells(ab)
+    assert shared.config.stages == ["sft"]
+    assert {cell.config.reuse for cell in grid.grid_cells(ab)} == {str(shared.config.folder)}
+
+
 @pytest.mark.slow
 def test_a_broken_cell_is_named_and_the_rest_goes_on_until_retry_mends_it(make, tmp_path, call, monkeypatch):
     module = tmp_path / "mine.py"
