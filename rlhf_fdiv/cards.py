@@ -19,7 +19,7 @@ from rlhf_fdiv.config import STAGES, RunConfig, parse
 from rlhf_fdiv.config.files import Dumper, read_yaml
 from rlhf_fdiv.hub import is_repo
 from rlhf_fdiv.known_models import SMOLLM2_ORIGIN, resolve_model
-from rlhf_fdiv.report import PANELS, TEMPLATES, divergence_table, main_table, markdown_table, training_curves, what
+from rlhf_fdiv.report import PANELS, TEMPLATES, divergence_table, main_table, markdown_table, training_curves
 from rlhf_fdiv.tracking import MADE_FROM, write_atomically
 
 _SECRET = re.compile("hub_token|password|secret|api_key", re.IGNORECASE)
@@ -60,16 +60,13 @@ def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard
         model_name=name,
         eval_results=_results(config, task, measured, pairs) or None,
     )
-    made = {
-        "sft": f"Supervised fine-tuning: by token `{f}` to the next token of the data.",
-        "reward": f"A reward model (`{config.reward.method}`): `{f}` to the raters' shares, pair by pair.",
-        config.objective.stage: what(config, "objective" in measured.get("policy", {})),
-    }[stage]
     upto = STAGES if trained else STAGES[: STAGES.index(stage) + 1]
     text = TEMPLATES.get_template("card.md").render(
         head=head.to_yaml(),
         name=name,
-        made=made,
+        config=config,
+        f=f,
+        has_objective="objective" in measured.get("policy", {}),
         base=base,
         stage=stage,
         kind=kind,
@@ -78,7 +75,7 @@ def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard
         divergences=divergence_table(measured) if measured else "",
         pictures=sorted((run / stage / kind).glob("*.png")),
         data=_data(config, manifest),
-        config=_again(config, raw, [s for s in upto if (run / s).is_dir()]),
+        again=_again(config, raw, [s for s in upto if (run / s).is_dir()]),
         versions=json.dumps({k: manifest[k] for k in ("versions", "git_commit", "machine")}, indent=2),
         licence=licence,
     )

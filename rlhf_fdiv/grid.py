@@ -100,9 +100,9 @@ class Cell:
     def metric(self, path: str) -> float:
         """A figure of its evaluation, its own f for `{divergence}`; nan where not measurable. UserError for a wrong path."""
         path, figures = path.replace("{divergence}", label(self.config.f)), measured(self.config.folder)
-        if path not in figures:
-            raise UserError(f"{self.name}: metrics.json has no {path!r}{did_you_mean(path, figures)}")
-        return math.nan if figures[path] is None else float(figures[path])
+        if isinstance(figure := figures.get(path, ""), str):  # or a list of several
+            raise UserError(f"{self.name}: metrics.json has no figure {path!r}{did_you_mean(path, figures)}")
+        return math.nan if figure is None else float(figure)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Ablation:

@@ -31,7 +31,8 @@ def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any]
     texts = samples.drop_duplicates("prompt")[["prompt", "sft", "policy"]].head(config.evaluate.samples).map(plain)
     text = TEMPLATES.get_template("report.md").render(
         config=config,
-        what=what(config, "objective" in report["policy"]),
+        f=divergences.label(config.f),
+        has_objective="objective" in report["policy"],
         main=main_table(config, report),
         inference=inference_table(config, report) if "inference" in report else "",
         lm_eval=before_and_after(report["lm_eval"], report["lm_eval"]["sft"]) if "lm_eval" in report else "",
@@ -69,26 +70,6 @@ def figure(values: dict[str, Any], key: str) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
-
-
-def what(config: RunConfig, has_objective: bool) -> str:
-    """Divergence, objective, target, estimator and their β in one sentence."""
-    f, stage = config.f, config.objective.stage
-    how = {
-        "policy": f"target {_named(config.target)}, estimator {_named(config.estimator)}",
-        "prefer": "from pairs, offline",
-        "distil": f"teacher `{config.distil.teacher}`",
-    }[stage]
-    objective = f" The reported objective is E[r] − {config.beta:g}·KL(π‖reference)." if has_objective else ""
-    return (
-        f"Objective {_named(config.objective)}, divergence `{divergences.label(f)}` ({f.direction or 'a user’s own f'}), "
-        f"{how}, seed {config.seed}; "
-        f"curvature normalisation {'on' if config.divergence.get('unit_curvature') else 'off'}." + objective
-    )
-
-
-def _named(part: Any) -> str:
-    return f"`{part.name}`" + (f" with β = {part.beta:g}" if hasattr(part, "beta") else "")
 
 
 def before_and_after(report: dict[str, Any], keys: Iterable[str]) -> str:

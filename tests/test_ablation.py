@@ -176,12 +176,13 @@ def test_the_choice_is_the_best_that_was_measured(make, tmp_path, best, wanted):
         for stage in cell.config.stages:
             (cell.config.folder / stage).mkdir(parents=True)
             (cell.config.folder / stage / "finished.json").write_text("{}")
-        (cell.config.folder / "evaluate" / "metrics.json").write_text(json.dumps({"a": {"b": value}}))
+        (cell.config.folder / "evaluate" / "metrics.json").write_text(json.dumps({"a": {"b": value}, "list": [1]}))
     assert grid.choose(ab) == {"js": {"policy.learning_rate": wanted}}
     assert json.loads((ab.folder / "search.json").read_text())["at_edge"] == []
     assert math.isnan(cells[3].metric("a.b"))
     (message,) = problems(cells[0].metric, "a.bb")
     assert "did you mean 'a.b'" in message
+    assert "no figure 'list'" in problems(cells[0].metric, "list")[0]
 
 
 def test_a_metric_may_name_the_runs_own_f_whose_label_has_dots(make):
