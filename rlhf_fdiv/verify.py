@@ -119,20 +119,15 @@ class Proof:
         options = PolicyOptions(num_generations=N, per_device_train_batch_size=P * N, optim="sgd", learning_rate=LR,
                                 max_grad_norm=1e9, max_importance_weight=1e9)  # fmt: skip
         self.trainings = [Training(policy, options, folder, Accelerator(cpu=True)) for policy in (self.policy, critic)]
-        self.groups = self._groups()
+        # every group of K texts of a prompt, and the chance that π draws it, beside each of its texts, [groups × K] both
+        rows = torch.cartesian_prod(*[torch.arange(N)] * K) + N * torch.arange(P)[:, None, None]
+        chance = sequence_sum(self.log_pi, self.mask)[rows].sum(-1).exp()
+        self.groups = rows.flatten(), chance.flatten().repeat_interleave(K)
         # λ: these texts are no samples of a, so log a joins the potential, as another part of a product would
         table = {name: scores.view(P, N) for name, scores in toy.scores().items()}
         table["log a"] = sequence_sum(self.log_a, self.mask).view(P, N)
         moments, _ = targets.solve(Product([TARGETS["moments"], Tilted(beta=1.0, reward="log a")]), table)
         self.targets = {**TARGETS, "moments": moments.of[0]}
-
-    def _groups(self) -> tuple[Tensor, Tensor]:
-        """Every group of K texts of one prompt, as rows of the language, a group's in consecutive places; and the chance that
-        π draws it, beside each of its rows. [groups × K] both."""
-        texts = torch.cartesian_prod(*[torch.arange(N)] * K)
-        rows = texts + N * torch.arange(P)[:, None, None]
-        chance = sequence_sum(self.log_pi, self.mask)[rows].sum(-1).exp()
-        return rows.flatten(), chance.flatten().repeat_interleave(K)
 
     def rows(self, f: Divergence) -> Iterator[Row]:
         """Every row of one f, or its failed proofs alone."""
@@ -193,12 +188,8 @@ class Problem:
 
     def gradient_here(self) -> Tensor:
         """The exact gradient where the weights now stand, [D]."""
-        log_pi = self.proof.policy(self.proof.sequences).log_probs
-        by_text = (
-            sequence_sum(log_pi, self.proof.mask),
-            sequence_sum(self.proof.log_a, self.proof.mask),
-            self.potential,
-        )
+        by_token = (self.proof.policy(self.proof.sequences).log_probs, self.proof.log_a)
+        by_text = (*(sequence_sum(x, self.proof.mask) for x in by_token), self.potential)
         loss = exact_objective(self.objective, self.f, *(x.view(P, N) for x in by_text))
         return parameters_to_vector(torch.autograd.grad(loss, [*self.proof.lm.parameters()]))
 
@@ -212,16 +203,15 @@ class Problem:
 
     def gradients(self, case: Case) -> tuple[Tensor, Tensor]:
         """The estimator's gradient and the exact one, [D] each."""
-        if case in SECOND_EPOCHS:  # where the first has left the weights
-            first = self.step(replace(case.estimator, num_epochs=1))
-            truth = self.gradient_here()
-            return self.step(case.estimator) - first, truth
+        estimator, before = case.estimator, torch.zeros_like(self.proof.start)
         vector_to_parameters(self.proof.start.clone(), self.proof.lm.parameters())
-        truth = self.gradient_here()
-        if case.estimator.min_generations > 1:
+        if case in SECOND_EPOCHS:
+            before = self.step(replace(estimator, num_epochs=1))
+        elif estimator.min_generations > 1:
             local = self.rewards_with_local_z if case.name == LOCAL_Z.name else None
-            return self.step(OverGroups(case.estimator, *self.proof.groups, local)), truth
-        return self.step(case.estimator), truth
+            estimator = OverGroups(estimator, *self.proof.groups, local)
+        truth = self.gradient_here()  # at the start, or where the first epoch has left the weights
+        return self.step(estimator) - before, truth
 
 
 @dataclass(frozen=True)
