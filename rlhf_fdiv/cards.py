@@ -19,7 +19,7 @@ from rlhf_fdiv.config import STAGES, RunConfig, parse
 from rlhf_fdiv.config.files import Dumper, read_yaml
 from rlhf_fdiv.hub import is_repo
 from rlhf_fdiv.known_models import SMOLLM2_ORIGIN, resolve_model
-from rlhf_fdiv.report import PANELS, TEMPLATES, divergence_table, main_table, markdown_table, training_curves
+from rlhf_fdiv.report import PANELS, TEMPLATES, divergence_table, main_table, markdown_table, training_figure
 from rlhf_fdiv.tracking import MADE_FROM, write_atomically
 
 _SECRET = re.compile("hub_token|password|secret|api_key", re.IGNORECASE)
@@ -34,7 +34,7 @@ def write_cards(run: Path, stage: str) -> None:
     made = trained if stage == "evaluate" else stage
     for folder in filter(Path.is_dir, (run / made / kind for kind in ("model", "adapter"))):
         panels = PANELS if made == trained else ("loss",)
-        training_curves(run / made / "metrics.jsonl", folder, panels, kinds=(".png",))
+        training_figure(run / made / "metrics.jsonl", folder, panels, kinds=(".png",))
         if stage == "evaluate" and compared.is_file():
             shutil.copyfile(compared, folder / compared.name)
         write_atomically(folder / "README.md", str(card(run, made, folder.name, licence_of(_base(config, made)))))

@@ -179,9 +179,9 @@ def compare(table: pd.DataFrame, keys: list[str], key: str, pairs: list[tuple[st
     Raises UserError for a value of `key` that no run has, or a metric that none has.
     """
     column = f"config.{key}"
-    if unknown := [c for c in (metric, *([column] if pairs else [])) if c not in table]:
+    if unknown := [c for c in (metric, column) if c not in table]:
         raise UserError(*(f"comparison: no run has {c!r}{did_you_mean(c, table)}" for c in unknown))
-    known = set(table[column]) if pairs else set[str]()
+    known = set(table[column])
     if unknown := [value for pair in pairs for value in pair if value not in known]:
         raise UserError(*(f"comparison: no run has {key} = {value!r}{did_you_mean(value, known)}" for value in unknown))
     others = setting_columns(table, [k for k in keys if k != key])

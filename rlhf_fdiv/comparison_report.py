@@ -181,5 +181,5 @@ def _samples(runs: pd.DataFrame) -> dict[str, str]:
         samples = pd.read_parquet(Path(run.run) / "evaluate" / "samples.parquet").drop_duplicates("prompt")
         for sample in samples.head(PROMPTS).itertuples():
             rows = found.setdefault(" ".join(sample.prompt.split()), [("reference", plain(sample.sft))])
-            rows.append((", ".join(filter(None, (run.divergence, run.rest))), plain(sample.policy)))
+            rows.append((plain(", ".join(filter(None, (run.divergence, run.rest)))), plain(sample.policy)))
     return {prompt: markdown_table(("setting", "completion"), *rows) for prompt, rows in found.items()}

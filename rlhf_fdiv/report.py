@@ -27,7 +27,7 @@ KINDS = (".pdf", ".png")
 
 def write_report(config: RunConfig, run: Path, out: Path, report: dict[str, Any], samples: pd.DataFrame) -> None:
     """Figures as PNG and PDF into `out`, and `report.md` into the run folder."""
-    curves = training_curves(run / config.objective.stage / "metrics.jsonl", out)
+    curves = training_figure(run / config.objective.stage / "metrics.jsonl", out)
     texts = samples.drop_duplicates("prompt")[["prompt", "sft", "policy"]].head(config.evaluate.samples).map(plain)
     text = TEMPLATES.get_template("report.md").render(
         config=config,
@@ -118,7 +118,7 @@ def divergence_table(report: dict[str, Any]) -> str:
     return markdown_table(("f", "to the reference", "to the target"), *rows) + f"\n\n{note}"
 
 
-def training_curves(
+def training_figure(
     metrics: Path, out: Path, panels: Iterable[str] = PANELS, kinds: Iterable[str] = KINDS
 ) -> list[Path]:
     """What a metrics.jsonl has of the panels over the steps, as `training.png` in `out`; its path, or none without any."""
