@@ -61,17 +61,28 @@ def report(path: Path, overrides: list[str]) -> Path:
     finished = [cell.config.folder for cell in cells if cell.state == "finished"]
     if not finished:
         raise UserError(f"{ablation.folder}: no finished cell; run rlhf-fdiv ablate {path}")
-    try:
-        from rlhf_fdiv import comparison_report
-    except ModuleNotFoundError as error:
-        raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
     table, keys = pd.DataFrame(map(comparison.read_run, finished)), list(ablation.grid)
     claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
     missing, search = [cell.name for cell in cells if cell.state != "finished"], None
     if ablation.search:
         search = vars(ablation.search) | json.loads((ablation.folder / "search.json").read_text(encoding="utf-8"))
-    out = ablation.folder / "comparison"
-    comparison_report.write_comparison(out, table, keys, claims, missing, search)
+    return _write(ablation.folder / "comparison", table, keys, claims, missing, search)
+
+
+def report_runs(folders: list[Path]) -> Path:
+    """The same of any runs, beside them: nothing was named before, so nothing is tested."""
+    table = pd.DataFrame(map(comparison.read_run, folders))
+    keys = [c.split(".")[1] for c in table if c.startswith("config.")]
+    figures: dict[str, Any] = {c: [] for c in ("policy.objective", "policy.kl_reference") if c in table}
+    return _write(Path(os.path.commonpath([f.parent for f in folders])) / "comparison", table, keys, figures, [], None)
+
+
+def _write(out: Path, *content: Any) -> Path:
+    try:
+        from rlhf_fdiv import comparison_report
+    except ModuleNotFoundError as error:
+        raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
+    comparison_report.write_comparison(out, *content)
     return out
 
 

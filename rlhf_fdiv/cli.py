@@ -142,13 +142,21 @@ def ablate(
 
 @app.command()
 def report(
-    grid: Annotated[Path, typer.Argument(help="The ablation file whose cells have run.", show_default=False)],
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="An ablation file whose cells have run, with its overrides; or the folders of runs.",
+            metavar="GRID|RUNS…",
+        ),
+    ],
 ) -> None:
-    """The finished cells of an ablation side by side: CSV, LaTeX, figures, tests of the pairs that it names."""
+    """Runs side by side: CSV, LaTeX, figures, and tests of the pairs that an ablation file names."""
     from rlhf_fdiv import ablation
 
-    typer.echo(f"report: {ablation.report(grid, overrides or []) / 'report.html'}")
+    paths = [Path(word) for word in words]
+    runs = all(path.is_dir() for path in paths)
+    out = ablation.report_runs(paths) if runs else ablation.report(paths[0], words[1:])
+    typer.echo(f"report: {out / 'report.html'}")
 
 
 @app.command("divergences")

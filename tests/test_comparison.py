@@ -148,6 +148,16 @@ def test_the_report_of_cells_that_ran(make, tmp_path, call):  # noqa: F811
         assert (folder / f"{name}.png").is_file() == (folder / f"{name}.pdf").is_file() == (f"]({name}.png)" in text)
         assert (folder / f"{name}.png").is_file() == (name != "over_optimisation"), "these runs log no gold score"
     in_a_browser(folder / "report.html")
+    shutil.rmtree(folder)
+    runs = [
+        str(tmp_path / "runs" / "ab" / f"{f}-beta=2.0-seed={seed}")
+        for f in ("js", "alpha-alpha=0.3")
+        for seed in (0, 1)
+    ]
+    code, out, err = call("report", *runs)
+    assert code == 0, err
+    assert out.strip() == f"report: {folder / 'report.html'}", "beside the runs"
+    assert [line[:24] for line in (folder / "report.md").read_text().splitlines() if line.startswith("| js | ")]
 
 
 def in_a_browser(path):
