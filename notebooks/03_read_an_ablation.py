@@ -24,9 +24,8 @@ from rlhf_fdiv import charts, comparison
 
 RESULTS = Path("../results/reviews")
 KEYS = ["divergence", "target.beta", "seed"]
-table = pd.read_csv(RESULTS / "results.csv")
+table = comparison.with_settings(pd.read_csv(RESULTS / "results.csv"), KEYS)
 curves = pd.read_csv(RESULTS / "curves.csv", keep_default_na=True).fillna({"rest": ""})
-settings = comparison.settings_of(table, comparison.setting_columns(table, KEYS))
 fs = list(dict.fromkeys(table["config.divergence"]))
 print(f"{len(table)} runs, {table['samples'].sum():,} samples, {table['seconds'].sum() / 3600:.1f} hours of one core")
 table.groupby(["config.divergence", "config.target.beta"])[
@@ -43,9 +42,9 @@ table.groupby(["config.divergence", "config.target.beta"])[
 best = (
     pd.read_csv(RESULTS / "best_of_n.csv").rename(columns={"kl_reference": "x", "reward": "y"}).assign(kind="best of n")
 )
-points = charts.points(table, settings, "policy.kl_reference", "policy.reward")
+points = charts.points(table, "policy.kl_reference", "policy.reward")
 _ = alt.renderers.enable("png", ppi=72)
-charts.for_paper({"reward": charts.trade_off(points, fs, "KL(π‖reference), nats", "reward", best[["x", "y", "kind"]])})
+charts.for_paper({"reward": charts.lines(points, fs, "KL(π‖reference), nats", "reward", best[["x", "y", "kind"]])})
 
 # %% [markdown]
 # ## Proxy and gold
@@ -54,14 +53,14 @@ charts.for_paper({"reward": charts.trade_off(points, fs, "KL(π‖reference), na
 # has learnt by chance, the second does not pay for: where the lines part, the policy is exploiting its reward.
 
 # %%
-by_beta = {rest: charts.over_optimisation(part, fs, "reward", "gold") for rest, part in curves.groupby("rest")}
-charts.for_paper(by_beta)
+by_beta = {rest: charts.over_optimisation(part, "reward", "gold") for rest, part in curves.groupby("rest")}
+charts.for_paper({rest: charts.lines(part, fs, "√KL(π‖reference)", "score") for rest, part in by_beta.items()})
 
 # %% [markdown]
 # ## Every model under every divergence
 
 # %%
-cross = comparison.cross_table(table, settings).dropna(subset=["value"])
+cross = comparison.cross_table(table)
 charts.for_paper({rest: charts.heat_map(part, fs) for rest, part in cross.groupby("rest")})
 
 # %% [markdown]

@@ -16,11 +16,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
+
 from rlhf_fdiv import comparison
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.board import Board
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.grid import Cell, choose, grid_cells, load, search_cells, shared_cells
+from rlhf_fdiv.grid import Cell, grid_cells, load, phases
 from rlhf_fdiv.tracking import write_atomically
 
 
@@ -42,46 +45,44 @@ def ablate(path: Path, overrides: list[str], how: How = How()) -> bool:
     """
     ablation = load(path, overrides)
     grid_cells(ablation)  # every mistake is told before anything runs
-    chosen = None
-    if not run_cells(shared_cells(ablation), "", how):
-        return False
-    if ablation.search is not None:
-        searched = search_cells(ablation)
-        run_cells(searched, ablation.search.metric, how)
-        chosen = choose(ablation, searched)
-    return run_cells(
-        grid_cells(ablation, chosen), ablation.search.metric if ablation.search else ablation.report[0], how
-    )
+    metric = ablation.search.metric if ablation.search else ablation.report[0]
+    finished = True
+    for name, cells in phases(ablation):
+        finished = run_cells(cells, metric, how)
+        if name == "shared" and not finished:
+            break
+    return finished
 
 
 def report(path: Path, overrides: list[str]) -> Path:
     """Compares the finished cells and returns the folder that it wrote into. Raises UserError where there are none."""
     ablation = load(path, overrides)
-    chosen = choose(ablation, search_cells(ablation)) if ablation.search else None
-    cells = grid_cells(ablation, chosen)
+    *_, (_, cells) = phases(ablation)
     finished = [cell.config.folder for cell in cells if cell.state == "finished"]
     if not finished:
         raise UserError(f"{ablation.folder}: no finished cell; run rlhf-fdiv ablate {path}")
+    table, keys = pd.DataFrame(map(comparison.read_run, finished)), list(ablation.grid)
+    claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
+    missing, search = [cell.name for cell in cells if cell.state != "finished"], None
+    if ablation.search:
+        search = vars(ablation.search) | json.loads((ablation.folder / "search.json").read_text(encoding="utf-8"))
+    return _write(ablation.folder / "comparison", table, keys, claims, missing, search)
+
+
+def report_runs(folders: list[Path]) -> Path:
+    """The same of any runs, beside them: nothing was named before, so nothing is tested."""
+    table = pd.DataFrame(map(comparison.read_run, folders))
+    keys = [c.split(".")[1] for c in table if c.startswith("config.")]
+    figures: dict[str, Any] = {c: [] for c in ("policy.objective", "policy.kl_reference") if c in table}
+    return _write(Path(os.path.commonpath([f.parent for f in folders])) / "comparison", table, keys, figures, [], None)
+
+
+def _write(out: Path, *content: Any) -> Path:
     try:
         from rlhf_fdiv import comparison_report
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(f"rlhf-fdiv report needs {error.name}: pip install 'rlhf_fdiv[report]'") from error
-    table, keys = comparison.collect(finished), list(ablation.grid)
-    claims = {m: comparison.compare(table, keys, ablation.compare_by, ablation.compare, m) for m in ablation.report}
-    notes = [f"No finished run: {cell.name}." for cell in cells if cell.state != "finished"]
-    if chosen is not None and ablation.search is not None:
-        found = json.loads((ablation.folder / "search.json").read_text(encoding="utf-8"))
-        values = (f"{by}: {', '.join(f'{k} {v}' for k, v in best.items())}" for by, best in chosen.items())
-        notes.append(
-            f"Chosen by the {ablation.search.best} of {ablation.search.metric} over runs that are none of these, of "
-            f"{found['samples']:,} samples in all and as many for each: {'; '.join(values)}."
-        )
-        if found["at_edge"]:
-            notes.append(
-                f"At the edge of the values tried, so that a better one may lie beyond: {', '.join(found['at_edge'])}."
-            )
-    out = ablation.folder / "comparison"
-    comparison_report.write_comparison(out, table, keys, claims, notes)
+    comparison_report.write_comparison(out, *content)
     return out
 
 
@@ -92,13 +93,10 @@ def commands(path: Path, overrides: list[str], launch: str | None = None) -> lis
     """
     ablation = load(path, overrides)
     grid_cells(ablation)
-    cells = [cell for cell in shared_cells(ablation) if cell.state != "finished"]
-    if not cells and ablation.search is not None:
-        cells = [cell for cell in search_cells(ablation) if cell.state != "finished"]
-    if not cells:
-        chosen = choose(ablation, search_cells(ablation)) if ablation.search else None
-        cells = [cell for cell in grid_cells(ablation, chosen) if cell.state != "finished"]
-    return [shlex.join(_command(cell, launch)) for cell in cells]
+    for _, cells in phases(ablation):
+        if waiting := [cell for cell in cells if cell.state != "finished"]:
+            return [shlex.join(_command(cell, launch)) for cell in waiting]
+    return []
 
 
 def run_cells(cells: list[Cell], metric: str, how: How) -> bool:
@@ -106,7 +104,8 @@ def run_cells(cells: list[Cell], metric: str, how: How) -> bool:
     waiting = [cell for cell in cells if cell.state == "open" or (how.retry and cell.state == "failed")]
     running: dict[Any, Cell] = {}
     pool: Any = _executor(how) if waiting else None
-    with Board(list(waiting), metric) as board:
+    board = Board(len(waiting), metric)
+    with board.drawn():
         while waiting or running:
             while waiting and len(running) < how.jobs:
                 board.started(waiting[0])
@@ -124,10 +123,8 @@ def run_cells(cells: list[Cell], metric: str, how: How) -> bool:
             time.sleep(0.02)
     if hasattr(pool, "shutdown"):
         pool.shutdown()
-    if failed := [cell for cell in cells if cell.state != "finished"]:
-        print(
-            f"{len(failed)} of {len(cells)} failed; run them again with --retry: " + ", ".join(c.name for c in failed)
-        )
+    if failed := [cell.name for cell in cells if cell.state != "finished"]:
+        print(f"{len(failed)} of {len(cells)} failed; run them again with --retry: {', '.join(failed)}")
     return not failed
 
 
@@ -140,7 +137,7 @@ def _executor(how: How) -> Any:
     if how.launch is not None:
         return ThreadPoolExecutor(how.jobs)
     threads = max(1, (os.cpu_count() or 1) // how.jobs)
-    return ProcessPoolExecutor(how.jobs, get_context("spawn"), initializer=_limit_threads, initargs=(threads,))
+    return ProcessPoolExecutor(how.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
 
 
 class _Here:
@@ -152,12 +149,6 @@ class _Here:
         return future
 
 
-def _limit_threads(count: int) -> None:
-    import torch
-
-    torch.set_num_threads(count)
-
-
 def _submitit(options: dict[str, Any]) -> Any:
     # its import would configure logging anew, which closes the handlers that others have, and the streams that absl's hold
     os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
@@ -165,10 +156,10 @@ def _submitit(options: dict[str, Any]) -> Any:
         import submitit
     except ImportError as error:
         raise UserError("--submitit: needs the package: pip install submitit") from error
-    own: dict[str, Any] = {"folder": "runs/submitit", "cluster": None}
+    folder, cluster = options.get("folder", "runs/submitit"), options.get("cluster")
     try:
-        executor = submitit.AutoExecutor(**{key: options.get(key, value) for key, value in own.items()})
-        executor.update_parameters(**{key: value for key, value in options.items() if key not in own})
+        executor = submitit.AutoExecutor(folder, cluster=cluster)
+        executor.update_parameters(**{k: v for k, v in options.items() if k not in ("folder", "cluster")})
     except (TypeError, NameError, ValueError) as error:
         raise UserError(f"--submitit: {error}") from error
     return executor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -18,55 +18,46 @@ if TYPE_CHECKING:
 
 
 class Board:
-    """`started` and `ended` are told of each cell; within `with` a thread draws the table of those that run."""
+    """`started` and `ended` are told of each cell; within `drawn` a thread draws the table of those that run."""
 
-    def __init__(self, cells: list[Cell], metric: str) -> None:
-        self.cells, self.metric, self.began = cells, metric, time.monotonic()
-        self.started_at: dict[str, float] = {}
-        self.results: dict[str, str] = {}
+    def __init__(self, count: int, metric: str) -> None:
+        self.count, self.ended_cells, self.metric, self.began = count, 0, metric, time.monotonic()
+        self.running: dict[str, tuple[Cell, float]] = {}  # and when each began
         self.console = Console()  # of the stdout of now: what a cell prints in this process goes to its log
-        self.live = Live(console=self.console, get_renderable=self._table, refresh_per_second=1, transient=True)
 
-    def __enter__(self) -> Board:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
+    def drawn(self) -> Any:
+        if not self.console.is_terminal:
+            return nullcontext()
+        return Live(console=self.console, get_renderable=self.table, refresh_per_second=1, transient=True)
 
     def started(self, cell: Cell) -> None:
-        self.started_at[cell.name] = time.monotonic()
+        self.running[cell.name] = cell, time.monotonic()
 
     def ended(self, cell: Cell) -> None:
         """A line with its result, and with the time that the rest will take if it goes on as before."""
         result = "done"
         if cell.state != "finished":
             result = f"FAILED, {cell.failure}: {cell.failure.read_text(encoding='utf-8').strip().splitlines()[-1]}"
-        elif self.metric and "evaluate" in cell.config.stages:
+        elif "evaluate" in cell.config.stages:
             try:
-                result = f"{cell.own(self.metric)} {cell.metric(self.metric):.4g}"
+                result = f"{self.metric} {cell.metric(self.metric):.4g}"
             except UserError as error:  # a wrong path, which the end will name; the rest goes on
                 result = f"done, but {error}"
-        seconds = time.monotonic() - self.started_at.pop(cell.name)
-        self.results[cell.name] = result
-        line = f"[{len(self.results)}/{len(self.cells)}] {cell.name}  {result}  {seconds:.1f} s, {self._left():.0f} min left"
+        seconds = time.monotonic() - self.running.pop(cell.name)[1]
+        self.ended_cells += 1
+        line = f"[{self.ended_cells}/{self.count}] {cell.name}  {result}  {seconds:.1f} s, {self._left()}"
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-    def _table(self) -> Table:
-        table = Table("cell", "stage", "progress", "minutes", caption=f"{len(self.results)} of {len(self.cells)} ended, "
-                      f"about {self._left():.0f} min left")  # fmt: skip
-        for cell in self.cells:
-            if (began := self.started_at.get(cell.name)) is not None:
-                table.add_row(cell.name, *_progress(cell), f"{(time.monotonic() - began) / 60:.1f}")
+    def table(self) -> Table:
+        caption = f"{self.ended_cells} of {self.count} ended, {self._left()}"
+        table = Table("cell", "stage", "progress", "minutes", caption=caption)
+        for cell, began in list(self.running.values()):  # which the thread of the runs changes
+            table.add_row(cell.name, *_progress(cell), f"{(time.monotonic() - began) / 60:.1f}")
         return table
 
-    def _left(self) -> float:
-        ended = len(self.results)
-        return (time.monotonic() - self.began) / ended * (len(self.cells) - ended) / 60 if ended else float("nan")
+    def _left(self) -> str:
+        seconds = (time.monotonic() - self.began) / max(self.ended_cells, 1) * (self.count - self.ended_cells)
+        return f"{seconds / 60:.0f} min left" if self.ended_cells else "time left unknown"
 
 
 def _progress(cell: Cell) -> tuple[str, str]:

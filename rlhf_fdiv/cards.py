@@ -19,7 +19,7 @@ from rlhf_fdiv.config import STAGES, RunConfig, parse
 from rlhf_fdiv.config.files import Dumper, read_yaml
 from rlhf_fdiv.hub import is_repo
 from rlhf_fdiv.known_models import SMOLLM2_ORIGIN, resolve_model
-from rlhf_fdiv.report import PANELS, divergence_table, main_table, markdown_table, training_curves, what
+from rlhf_fdiv.report import PANELS, TEMPLATES, divergence_table, main_table, markdown_table, training_figure
 from rlhf_fdiv.tracking import MADE_FROM, write_atomically
 
 _SECRET = re.compile("hub_token|password|secret|api_key", re.IGNORECASE)
@@ -34,7 +34,7 @@ def write_cards(run: Path, stage: str) -> None:
     made = trained if stage == "evaluate" else stage
     for folder in filter(Path.is_dir, (run / made / kind for kind in ("model", "adapter"))):
         panels = PANELS if made == trained else ("loss",)
-        training_curves(run / made / "metrics.jsonl", folder, panels, kinds=(".png",))
+        training_figure(run / made / "metrics.jsonl", folder, panels, kinds=(".png",))
         if stage == "evaluate" and compared.is_file():
             shutil.copyfile(compared, folder / compared.name)
         write_atomically(folder / "README.md", str(card(run, made, folder.name, licence_of(_base(config, made)))))
@@ -49,6 +49,7 @@ def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard
     f = divergences.label(config.f if trained else divergences.get(getattr(config, stage).divergence))
     task = "text-classification" if stage == "reward" else "text-generation"
     library = "transformers" if (run / stage / kind / "config.json").is_file() else "rlhf_fdiv"
+    name = config.name if trained else f"{config.name}-{stage}"
     head = ModelCardData(
         **licence,
         base_model=base if is_repo(base) else None,
@@ -56,27 +57,29 @@ def card(run: Path, stage: str, kind: str, licence: dict[str, Any]) -> ModelCard
         pipeline_tag=task,
         tags=["rlhf_fdiv", "f-divergence", f, *([config.objective.name] if trained else [])],
         datasets=_of_the_hub(config, stage, manifest) or None,
-        model_name=config.name if trained else f"{config.name}-{stage}",
+        model_name=name,
         eval_results=_results(config, task, measured, pairs) or None,
     )
-    made = {
-        "sft": f"Supervised fine-tuning: by token `{f}` to the next token of the data.",
-        "reward": f"A reward model (`{config.reward.method}`): `{f}` to the raters' shares, pair by pair.",
-        config.objective.stage: what(config, "objective" in measured.get("policy", {})),
-    }[stage]
     upto = STAGES if trained else STAGES[: STAGES.index(stage) + 1]
-    parts = [
-        f"---\n{head.to_yaml()}\n---\n\n# {head.model_name}",
-        f"{made} Made from `{base}` by the {stage} stage of rlhf_fdiv; this folder is its {kind}.",
-        *_figures(config, measured, pairs),
-        *(f"![{picture.stem}]({picture.name})" for picture in sorted((run / stage / kind).glob("*.png"))),
-        *_made_with(config, manifest, raw, [s for s in upto if (run / s).is_dir()]),
-        "## Licence",
-        f"That of the base model, `{licence['license']}`. What the data allow is for you to see."
-        if licence
-        else "Not known: the base model's card names none. See what it and the data allow before you share this.",
-    ]
-    return ModelCard("\n\n".join(parts) + "\n")
+    text = TEMPLATES.get_template("card.md").render(
+        head=head.to_yaml(),
+        name=name,
+        config=config,
+        f=f,
+        has_objective="objective" in measured.get("policy", {}),
+        base=base,
+        stage=stage,
+        kind=kind,
+        pairs=", ".join(f"{key} {value:.3g}" for key, value in pairs.items()),
+        main=main_table(config, measured) if measured else "",
+        divergences=divergence_table(measured) if measured else "",
+        pictures=sorted((run / stage / kind).glob("*.png")),
+        data=_data(config, manifest),
+        again=_again(config, raw, [s for s in upto if (run / s).is_dir()]),
+        versions=json.dumps({k: manifest[k] for k in ("versions", "git_commit", "machine")}, indent=2),
+        licence=licence,
+    )
+    return ModelCard(text)
 
 
 def shareable(value: Any) -> Any:
@@ -115,32 +118,18 @@ def _of_the_hub(config: RunConfig, stage: str, manifest: dict[str, Any]) -> list
     return [name for name in names if name and "/" in name and is_repo(name)]
 
 
-def _figures(config: RunConfig, measured: dict[str, Any], pairs: dict[str, float]) -> list[str]:
-    parts = ["## Measured"]
-    if pairs:
-        parts.append(f"Held-out pairs: {', '.join(f'{k} {v:.3g}' for k, v in pairs.items())}.")
-    if measured:
-        parts += ["On held-out prompts; *after* is this model, *before* what its training began with."]
-        parts += [main_table(config, measured), "Divergences in nats:", divergence_table(measured)]
-    return parts if len(parts) > 1 else [*parts, "Nothing but its training, so far."]
-
-
-def _made_with(config: RunConfig, manifest: dict[str, Any], raw: dict[str, Any], stages: list[str]) -> list[str]:
+def _data(config: RunConfig, manifest: dict[str, Any]) -> str:
     names = {f"scorers.{name}.data": getattr(scorer, "data", "") for name, scorer in config.scorers.items()}
     names |= vars(config.data)
     rows = [(key, f"`{names[key]}`", sha256 or "–") for key, sha256 in manifest["data_sha256"].items()]
+    return markdown_table(("key", "data", "sha256"), *rows)
+
+
+def _again(config: RunConfig, raw: dict[str, Any], stages: list[str]) -> str:
+    """The config that makes the model again, by these stages and those that the run reused."""
     again = {k: v for k, v in raw.items() if k not in _OF_THE_CALL}
     again["stages"] = [*(s for s in ("sft", "reward") if config.reuse and s not in stages), *stages]
-    text = yaml.dump(again, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-    versions = json.dumps({k: manifest[k] for k in ("versions", "git_commit", "machine")}, indent=2)
-    return [
-        "## Data",
-        markdown_table(("key", "data", "sha256"), *rows),
-        "## Made with",
-        "    rlhf-fdiv run resolved_config.yaml",
-        f"<details><summary>resolved_config.yaml</summary>\n\n```yaml\n{text}```\n\n</details>",
-        f"```json\n{versions}\n```",
-    ]
+    return yaml.dump(again, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _results(config: RunConfig, task: str, measured: dict[str, Any], pairs: dict[str, float]) -> list[EvalResult]:

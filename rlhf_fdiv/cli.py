@@ -142,13 +142,21 @@ def ablate(
 
 @app.command()
 def report(
-    grid: Annotated[Path, typer.Argument(help="The ablation file whose cells have run.", show_default=False)],
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="An ablation file whose cells have run, with its overrides; or the folders of runs.",
+            metavar="GRID|RUNS…",
+        ),
+    ],
 ) -> None:
-    """The finished cells of an ablation side by side: CSV, LaTeX, figures, tests of the pairs that it names."""
+    """Runs side by side: CSV, LaTeX, figures, and tests of the pairs that an ablation file names."""
     from rlhf_fdiv import ablation
 
-    typer.echo(f"report: {ablation.report(grid, overrides or []) / 'report.html'}")
+    paths = [Path(word) for word in words]
+    runs = all(path.is_dir() for path in paths)
+    out = ablation.report_runs(paths) if runs else ablation.report(paths[0], words[1:])
+    typer.echo(f"report: {out / 'report.html'}")
 
 
 @app.command("divergences")
@@ -186,23 +194,22 @@ def verify(
     import json
 
     import torch
-    from rich.console import Console
 
     from rlhf_fdiv import verify as proof
     from rlhf_fdiv.stages.common import prepare_process
 
     prepare_process()
     torch.set_num_threads(1)  # the tensors are tiny: several threads would only wait for each other
-    console, rows = Console(width=120), list[proof.Row]()
+    rows = list[proof.Row]()
     for part in proof.verify(divergence or ()):
         rows += part
         if not as_json:
-            console.print(*proof.tables(part))
+            typer.echo("\n".join(proof.lines(part)))
     if as_json:
         typer.echo(json.dumps([row._asdict() for row in rows], indent=1, ensure_ascii=False))
     else:
         failed = [row for row in rows if row.status == "fail"]
-        console.print(*proof.tables(failed), f"{len(rows)} rows: {proof.counts(rows)}")
+        typer.echo("\n".join([*proof.lines(failed), f"{len(rows)} rows: {proof.counts(rows)}"]))
     if any(row.status == "fail" for row in rows):
         raise typer.Exit(1)
 

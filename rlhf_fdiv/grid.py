@@ -9,6 +9,8 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,7 +19,7 @@ from annotated_types import MinLen
 from pydantic import ConfigDict
 
 from rlhf_fdiv import config as configs
-from rlhf_fdiv.comparison import samples_of
+from rlhf_fdiv.comparison import measured, samples_of
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.config.checks import STRICT, validate
 from rlhf_fdiv.config.files import find_config, read_yaml
@@ -26,6 +28,7 @@ from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.tracking import MADE_FROM, RunFolder, is_finished, touches, write_atomically
 
 Grid = dict[str, Annotated[list[Any], MinLen(1)]]
+Chosen = dict[str, dict[str, Any]]  # by the label of a group: config keys and the values that did best
 SHARED = ("sft", "reward")
 
 
@@ -94,27 +97,12 @@ class Cell:
     def failure(self) -> Path:
         return self.config.folder / "failed.txt"
 
-    def own(self, path: str) -> str:
-        """A metric's dotted path with its own f for `{divergence}`."""
-        return path.replace("{divergence}", label(self.config.f))
-
     def metric(self, path: str) -> float:
-        """A figure of its evaluation by its `own` path, nan where not measurable. Raises UserError for a wrong path."""
-        path = self.own(path)
-        value: Any = json.loads((self.config.folder / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
-        rest = path
-        while rest:
-            known = value if isinstance(value, dict) else {}
-            found = [key for key in known if f"{rest}.".startswith(f"{key}.")]  # a key may have dots itself
-            if not found:
-                raise UserError(
-                    f"{self.name}: metrics.json has no {path!r}: {rest!r} is unknown{did_you_mean(rest, known)}"
-                )
-            key = max(found, key=len)
-            value, rest = value[key], rest[len(key) + 1 :]
-        if isinstance(value, dict):
-            raise UserError(f"{self.name}: {path!r} is not one figure but {', '.join(value)}")
-        return math.nan if value is None else float(value)
+        """A figure of its evaluation, its own f for `{divergence}`; nan where not measurable. UserError for a wrong path."""
+        path, figures = path.replace("{divergence}", label(self.config.f)), measured(self.config.folder)
+        if isinstance(figure := figures.get(path, ""), str):  # or a list of several
+            raise UserError(f"{self.name}: metrics.json has no figure {path!r}{did_you_mean(path, figures)}")
+        return math.nan if figure is None else float(figure)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Ablation:
@@ -136,100 +124,96 @@ def load(path: Path, overrides: list[str] | None = None) -> Ablation:
     return replace(ablation, config=str(path.parent / ablation.config), overrides=ablation.overrides | more)
 
 
-def shared_keys(ablation: Ablation) -> list[str] | None:
-    """The grid's keys, but for the seed, that SFT or reward model are made from; None where there is nothing to share."""
+def phases(ablation: Ablation) -> Iterator[tuple[str, list[Cell]]]:
+    """The runs in their order: what is `shared`, the `search` and, once that has run, the `cells` with what it chose."""
+    yield "shared", shared_cells(ablation)
+    yield "search", search_cells(ablation)
+    yield "cells", grid_cells(ablation, choose(ablation))
+
+
+def shared_part(ablation: Ablation) -> tuple[list[str], list[str]]:
+    """The stages that need not run in every cell, and the grid's keys, but for the seed, that these are made from."""
     config = _cell(ablation, {}, ablation.folder, {}).config
-    stages = [stage for stage in config.stages if stage in SHARED]
-    if config.reuse or not stages:
-        return None
+    stages = [stage for stage in config.stages if stage in SHARED and not config.reuse]
     made_from = {key for stage in stages for key in MADE_FROM[stage]} - {"seed"}
     keys = [key for key in ablation.grid if touches(key, made_from)]
     if ablation.search and (left_out := [key for key in keys if key not in ablation.search.by]):
         raise UserError(
             f"{ablation.name}: search.by: must hold {', '.join(left_out)}, on which SFT or reward model depend"
         )
-    return keys
+    return stages, keys
 
 
 def shared_cells(ablation: Ablation) -> list[Cell]:
     """One run of SFT and reward model for each combination of the grid's values that they are made from."""
-    keys = shared_keys(ablation)
-    return [] if keys is None else _cells(ablation, keys, "shared", {"stages": list(SHARED)})
+    stages, keys = shared_part(ablation)
+    return _cells(ablation, keys, "shared", {"stages": stages}) if stages else []
 
 
 def search_cells(ablation: Ablation) -> list[Cell]:
     """The runs of the search: each `by` combination with each combination of `values`."""
-    search = ablation.search
-    if search is None:
+    if (search := ablation.search) is None:
         return []
     wider = replace(ablation, grid=ablation.grid | search.values)
     return _cells(wider, [*search.by, *search.values], "search", search.overrides)
 
 
-def grid_cells(ablation: Ablation, chosen: dict[str, dict[str, Any]] | None = None) -> list[Cell]:
+def grid_cells(ablation: Ablation, chosen: Chosen | None = None) -> list[Cell]:
     """The cells themselves, with what the search chose for them."""
     return _cells(ablation, list(ablation.grid), "", {}, chosen)
 
 
-def choose(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Any]]:
+def choose(ablation: Ablation) -> Chosen:
     """What the search found, by the label of the `by` values; kept with every figure in `search.json`, and with the groups
     whose best value is the least or the largest of those tried, so that a better one may lie beyond."""
-    search = ablation.search
-    assert search is not None
-    sign, samples = (1 if search.best == "max" else -1), 0
-    tried: dict[str, list[dict[str, Any]]] = {}
+    if (search := ablation.search) is None:
+        return {}
+    cells, tried = search_cells(ablation), dict[str, list[dict[str, Any]]]()
     for cell in cells:
         figure = cell.metric(search.metric) if cell.state == "finished" else math.nan
         row = {key: cell.values[key] for key in search.values} | {search.metric: None if math.isnan(figure) else figure}
-        tried.setdefault(_label({key: cell.values[key] for key in search.by}), []).append(row)
-        samples += samples_of(configs.to_dict(cell.config))
+        tried.setdefault(_label(cell.values, search.by), []).append(row)
     chosen, at_edge = {}, []
     for group, rows in tried.items():
-        measured = [row for row in rows if row[search.metric] is not None]
-        if not measured:
+        measurable = [row for row in rows if row[search.metric] is not None]
+        if not measurable:
             raise UserError(f"{ablation.folder}/search: no run for {group} has a {search.metric}")
-        best = max(measured, key=lambda row: sign * row[search.metric])
+        best = (max if search.best == "max" else min)(measurable, key=lambda row: row[search.metric])
         chosen[group] = {key: best[key] for key in search.values}
-        ordered = {k: sorted(v) for k, v in search.values.items() if all(isinstance(x, int | float) for x in v)}
-        if any(best[k] in (values[0], values[-1]) for k, values in ordered.items()):
+        numbers = {key: v for key, v in search.values.items() if all(isinstance(x, int | float) for x in v)}
+        if any(best[key] in (min(values), max(values)) for key, values in numbers.items()):
             at_edge.append(group)
+    samples = sum(samples_of(configs.to_dict(cell.config)) for cell in cells)
     text = json.dumps({"samples": samples, "chosen": chosen, "at_edge": at_edge, "tried": tried}, indent=2)
     write_atomically(ablation.folder / "search.json", text)
     return chosen
 
 
 def _cells(
-    ablation: Ablation,
-    keys: list[str],
-    part: str,
-    fixed: dict[str, Any],
-    chosen: dict[str, dict[str, Any]] | None = None,
+    ablation: Ablation, keys: list[str], part: str, fixed: dict[str, Any], chosen: Chosen | None = None
 ) -> list[Cell]:
     """Every combination of the grid's values of these keys. Raises UserError with what is wrong in any of them."""
     cells, problems = list[Cell](), list[str]()
-    shared = None if part == "shared" else shared_keys(ablation)
+    stages, shared = shared_part(ablation)
     for combination in itertools.product(*(ablation.grid[key] for key in keys)):
-        values = dict(zip(keys, combination, strict=True))
-        more = dict(fixed)
-        if shared is not None:
-            more["reuse"] = str(ablation.folder / "shared" / _label({key: values[key] for key in shared}))
+        values, more = dict(zip(keys, combination, strict=True)), dict(fixed)
+        if stages and part != "shared":
+            more["reuse"] = str(ablation.folder / "shared" / _label(values, shared))
         if chosen and ablation.search:
-            more |= chosen[_label({key: values[key] for key in ablation.search.by})]
+            more |= chosen[_label(values, ablation.search.by)]
         try:
             cells.append(_cell(ablation, values, ablation.folder / part, more))
         except UserError as error:
-            problems += [f"{_label(values)}: {problem}" for problem in error.problems]
-    names = [cell.name for cell in cells]
-    problems += [
-        f"{name}: two cells of the grid have this name" for name in dict.fromkeys(names) if names.count(name) > 1
-    ]
+            problems += [f"{_label(values, keys)}: {problem}" for problem in error.problems]
+    names = Counter(cell.name for cell in cells)
+    problems += [f"{name}: two cells of the grid have this name" for name, count in names.items() if count > 1]
     if problems:
         raise UserError(*problems)
     return cells
 
 
 def _cell(ablation: Ablation, values: dict[str, Any], folder: Path, more: dict[str, Any]) -> Cell:
-    settings = {**ablation.overrides, **values, **more, "output_dir": str(folder), "name": _label(values)}
+    settings = {**ablation.overrides, **values, **more, "output_dir": str(folder), "name": _label(values, values)}
     config = configs.load(ablation.config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     if config.push_to_hub:
         raise UserError(
@@ -238,7 +222,7 @@ def _cell(ablation: Ablation, values: dict[str, Any], folder: Path, more: dict[s
     return Cell(values, config)
 
 
-def _label(values: dict[str, Any]) -> str:
+def _label(values: dict[str, Any], keys: Iterable[str]) -> str:
     """`js-beta=0.1-seed=3`: names alone, numbers with the last part of their key."""
 
     def word(key: str, value: Any) -> str:
@@ -246,4 +230,4 @@ def _label(values: dict[str, Any]) -> str:
             return "-".join(str(v) if k == "name" else f"{k}={v}" for k, v in value.items())
         return str(value) if isinstance(value, str) else f"{key.rpartition('.')[2]}={value}"
 
-    return "-".join(re.sub(r"[^\w.+=-]+", "_", word(key, value)) for key, value in values.items()) or "all"
+    return "-".join(re.sub(r"[^\w.+=-]+", "_", word(key, values[key])) for key in keys) or "all"

@@ -207,15 +207,13 @@ def write_table(path: Path, columns: Any) -> None:
     """A Parquet file of what `pandas.DataFrame` takes; a column that Parquet cannot hold, of mixed types say, as JSON."""
     import pandas as pd
 
-    def storable(values: list[Any]) -> list[Any]:
-        try:
-            pd.DataFrame({"": values}).to_parquet(io.BytesIO())
-        except Exception:  # of pyarrow, whatever it stumbles over
-            return [json.dumps(value, default=str) for value in values]
-        return values
-
     table = pd.DataFrame(columns, dtype=object)
-    pd.DataFrame({name: storable(table[name].tolist()) for name in table}).to_parquet(path)
+    for name in table:
+        try:
+            table[[name]].to_parquet(io.BytesIO())
+        except Exception:  # of pyarrow, whatever it stumbles over
+            table[name] = table[name].map(lambda value: json.dumps(value, default=str))
+    table.to_parquet(path)
 
 
 class Metrics:

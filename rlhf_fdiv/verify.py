@@ -2,29 +2,25 @@
 
 The truth is the objective itself (`exact_objective`), written out below over all texts and differentiated by autograd.
 All else is what stages/policy.py calls: a target's `potential` and `solve`, `LogPartition`, `token_rewards`, `update`
-(hence the estimators, `policy_loss` and `Training`), and `sample`; none of it is written a second time here.
-
-    reinforce, ppo   all N texts of a prompt as an off-policy rollout, drawn uniformly with weights N·π(y): exact
-    rloo, grpo       groups of K texts drawn from π, until the standard error of the mean gradient is below 1 %
+(hence the estimators, `policy_loss` and `Training`), and `sample`; none of it is written a second time here. Nothing is
+estimated: all N texts of a prompt are one off-policy rollout, drawn uniformly with weights N·π(y), and an estimator of
+groups is averaged over every group of K texts that π can draw.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from accelerate import Accelerator
-from rich.markup import escape
-from rich.table import Table
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -33,7 +29,8 @@ from rlhf_fdiv import divergences, targets, toy
 from rlhf_fdiv.config.options import PolicyOptions
 from rlhf_fdiv.divergences import Divergence, exact, label
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.estimators import GRPO, PPO, RLOO, Reinforce, policy_loss
+from rlhf_fdiv.estimators import GRPO, PPO, RLOO, Reinforce
+from rlhf_fdiv.estimators.loss import Advantages
 from rlhf_fdiv.models import Policy, Reference
 from rlhf_fdiv.objectives import Match, Regularise, chain_rule_factor
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
@@ -44,9 +41,8 @@ from rlhf_fdiv.stages.training import Training
 from rlhf_fdiv.targets import LogPartition, Moments, Pointwise, Product, Tilted
 from rlhf_fdiv.toy import LENGTH, N, P
 
-EXACT, COSINE, ERRORS, PRECISION = 1e-6, 0.999, 4.0, 0.01  # bounds: relative error, cosine, bias in s.e., s.e.
-K, BLOCKS, GROUPS = 4, 32, 256  # of one draw: K texts a group, GROUPS groups a prompt in each independent block
-MAX_DRAWS = 256  # 25 million texts
+EXACT = 1e-6  # the relative error that rounding may leave
+K = 2  # texts a group
 LR = 1e-3  # a step that changes a few probabilities by the 20 % at which ppo clips
 
 OBJECTIVES = (Match(), Regularise(beta=0.3))
@@ -83,8 +79,8 @@ LOCAL_Z = Case("rloo, batch-local Z", RLOO(), f"log Ẑ from {K} samples")
 
 
 class Row(NamedTuple):
-    """Errors are in units of the exact gradient's norm; None where nothing was measured. A `reason` that ends in
-    "after × c" says that the estimate was multiplied by c before it was compared: known for grpo's (K − 1)/K, else the c of
+    """The error is in units of the exact gradient's norm; None where nothing was measured. A `reason` that ends in
+    "after × c" says that the gradient was multiplied by c before it was compared: known for grpo's (K − 1)/K, else the c of
     least error, so that a bias by design is one of direction."""
 
     divergence: str
@@ -93,7 +89,6 @@ class Row(NamedTuple):
     estimator: str
     cosine: float | None = None
     relative_error: float | None = None
-    standard_error: float | None = None
     status: str = "fail"  # pass, fail, biased (by design), undefined
     reason: str = ""
 
@@ -124,7 +119,10 @@ class Proof:
         options = PolicyOptions(num_generations=N, per_device_train_batch_size=P * N, optim="sgd", learning_rate=LR,
                                 max_grad_norm=1e9, max_importance_weight=1e9)  # fmt: skip
         self.trainings = [Training(policy, options, folder, Accelerator(cpu=True)) for policy in (self.policy, critic)]
-        self.draw = functools.lru_cache(64)(self._draw)  # shared by all rows
+        # every group of K texts of a prompt, and the chance that π draws it, beside each of its texts, [groups × K] both
+        rows = torch.cartesian_prod(*[torch.arange(N)] * K) + N * torch.arange(P)[:, None, None]
+        chance = sequence_sum(self.log_pi, self.mask)[rows].sum(-1).exp()
+        self.groups = rows.flatten(), chance.flatten().repeat_interleave(K)
         # λ: these texts are no samples of a, so log a joins the potential, as another part of a product would
         table = {name: scores.view(P, N) for name, scores in toy.scores().items()}
         table["log a"] = sequence_sum(self.log_a, self.mask).view(P, N)
@@ -140,74 +138,14 @@ class Proof:
         local_z = LOCAL_Z if chain_rule_factor(f) is None else LOCAL_Z._replace(bias="")
         for objective, (name, target) in itertools.product(OBJECTIVES, self.targets.items()):
             plain = isinstance(objective, Match) and name == "tilted"
-            blank = [Row(label(f), objective.name, name, case.name) for case in CASES]
-            if conflict := objective.conflicts(f, target.has_zeros):
-                yield from (row._replace(status="undefined", reason=conflict) for row in blank)
-                continue
-            problem = Problem(self, f, objective, target)
-            for case in (*CASES, *((DEFAULTS, *SECOND_EPOCHS, local_z) if plain else ())):
-                row = Row(label(f), objective.name, name, case.name)
+            conflict = objective.conflicts(f, target.has_zeros)
+            problem = None if conflict else Problem(self, f, objective, target)
+            for case in (*CASES, *((DEFAULTS, *SECOND_EPOCHS, local_z) if plain and problem else ())):
+                row = Row(label(f), objective.name, name, case.name, status="undefined", reason=conflict or "")
                 try:
-                    yield verdict(row, case, *problem.gradients(case))
+                    yield verdict(row, case, *problem.gradients(case)) if problem else row
                 except UserError as error:  # Training refuses a loss or gradient that is not finite
-                    yield row._replace(reason=error.problems[0])
-
-    def step(self, estimator: Any, rewards: Callable[..., Tensor]) -> Tensor:
-        """Leaves the weights where the stage's update takes them; returns how far that was, in units of LR, [D]."""
-        vector_to_parameters(self.start.clone(), self.lm.parameters())
-        update(self.trainings[estimator.value_head], estimator, self.batch, rewards(self.log_pi), 0, rewards)
-        return (self.start - parameters_to_vector(self.lm.parameters()).detach()) / LR
-
-    def sampled(self, estimator: Any, rewards_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean gradient over groups of K texts, and its standard error from independent blocks, [D] each.
-
-        A step at ratio 1 is linear in the advantages, so those of equal texts are added before `policy_loss` sees them.
-        """
-        total, wanted = torch.zeros(BLOCKS * P * N, LENGTH, dtype=torch.float64), 1
-        for done in range(1, MAX_DRAWS + 1):
-            rows, places = self.draw(done)
-            total.index_add_(0, places, estimator(rewards_of(rows), self.mask[rows], K).advantages)
-            if done >= wanted:
-                blocks = self._loss_gradients(total / (done * P * GROUPS * K), estimator.clip_range)
-                mean, error = blocks.mean(0), blocks.std(0) / math.sqrt(BLOCKS)
-                excess = float(error.norm() / (PRECISION * mean.norm()))
-                if not excess >= 1:
-                    break
-                wanted = min(math.ceil(1.1 * done * excess**2), MAX_DRAWS)
-        return mean, error
-
-    def _draw(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Texts drawn from π as rows of the language, a group's K in consecutive places; and block × row of each.
-
-        A Latin hypercube: every group is K independent draws, and the groups of a block together cover π evenly.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        order, within = torch.rand(2, P, BLOCKS, K, GROUPS, generator=generator, dtype=torch.float64)
-        u = (order.argsort(-1) + within) / GROUPS
-        cumulative = sequence_sum(self.log_pi, self.mask).view(P, N).exp().cumsum(1)
-        texts = torch.searchsorted(cumulative, u.view(P, -1) * cumulative[:, -1:], right=True).view_as(u)
-        rows = (texts + N * torch.arange(P)[:, None, None, None]).transpose(2, 3)
-        return rows.flatten(), (rows + P * N * torch.arange(BLOCKS)[:, None, None]).flatten()
-
-    def _loss_gradients(self, advantages: Tensor, clip_range: float | None) -> Tensor:
-        """∇ Σ policy_loss of every block, [BLOCKS × P × N, T] → [BLOCKS, D]."""
-        old, mask = (x.repeat(BLOCKS, 1) for x in (self.log_pi, self.mask))
-        log_pi = old.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(policy_loss(log_pi, old, advantages, mask, clip_range).sum(), log_pi)
-        return slope.view(BLOCKS, -1) @ self._slopes
-
-    @functools.cached_property
-    def _slopes(self) -> Tensor:
-        """∇ log π of every token of every text, [P × N × T, D], zero at padding."""
-        vector_to_parameters(self.start.clone(), self.lm.parameters())
-        slopes = []
-        for rows in torch.arange(P * N).split(4):
-            log_pi = self.policy(self.sequences[rows]).log_probs
-            each = torch.eye(log_pi.numel(), dtype=torch.float64).view(-1, *log_pi.shape)
-            parts = torch.autograd.grad(log_pi, [*self.lm.parameters()], each, is_grads_batched=True)
-            by_token = torch.cat([x.flatten(1) for x in parts], 1).view(*log_pi.shape, -1)
-            slopes.append(nn.functional.pad(by_token, (0, 0, 0, LENGTH - log_pi.shape[1])))
-        return torch.cat(slopes).flatten(0, 1)
+                    yield row._replace(status="fail", reason=error.problems[0])
 
     def sampler(self, engine: str, count: int = 7000) -> Row:
         """`sample` against the enumerated probabilities: χ² over the texts of all prompts, and the log-probs it returns."""
@@ -236,8 +174,6 @@ class Problem:
         log_weights = sequence_sum(proof.log_a, proof.mask) + self.potential - proof.batch.log_mu
         log_z = LogPartition().update(proof.batch.prompts, log_weights.view(P, N))
         self.rewards = self.rewards_of(slice(None), log_z.repeat_interleave(N))
-        vector_to_parameters(proof.start.clone(), proof.lm.parameters())
-        self.gradient = self.gradient_here()
 
     def rewards_of(self, rows: Any, log_z: Tensor) -> Callable[..., Tensor]:
         """As the stage makes them, a function of log π."""
@@ -252,46 +188,66 @@ class Problem:
 
     def gradient_here(self) -> Tensor:
         """The exact gradient where the weights now stand, [D]."""
-        log_pi = self.proof.policy(self.proof.sequences).log_probs
-        by_text = (
-            sequence_sum(log_pi, self.proof.mask),
-            sequence_sum(self.proof.log_a, self.proof.mask),
-            self.potential,
-        )
+        by_token = (self.proof.policy(self.proof.sequences).log_probs, self.proof.log_a)
+        by_text = (*(sequence_sum(x, self.proof.mask) for x in by_token), self.potential)
         loss = exact_objective(self.objective, self.f, *(x.view(P, N) for x in by_text))
         return parameters_to_vector(torch.autograd.grad(loss, [*self.proof.lm.parameters()]))
 
-    def gradients(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-        """The estimated gradient, its standard error and the exact one, [D] each."""
-        if case.name == LOCAL_Z.name:
-            return *self.proof.sampled(case.estimator, self.rewards_with_local_z), self.gradient
-        if case.estimator.min_generations > 1:
-            rewards = self.rewards(self.proof.log_pi)
-            return *self.proof.sampled(case.estimator, lambda rows: rewards[rows]), self.gradient
-        found, no_error = self.proof.step(case.estimator, self.rewards), torch.zeros_like(self.gradient)
-        if case not in SECOND_EPOCHS:
-            return found, no_error, self.gradient
-        first = self.proof.step(replace(case.estimator, num_epochs=1), self.rewards)
-        return found - first, no_error, self.gradient_here()
+    def step(self, estimator: Any) -> Tensor:
+        """Leaves the weights where the stage's update takes them; returns how far that was, in units of LR, [D]."""
+        proof = self.proof
+        vector_to_parameters(proof.start.clone(), proof.lm.parameters())
+        training = proof.trainings[estimator.value_head]
+        update(training, estimator, proof.batch, self.rewards(proof.log_pi), 0, self.rewards)
+        return (proof.start - parameters_to_vector(proof.lm.parameters()).detach()) / LR
+
+    def gradients(self, case: Case) -> tuple[Tensor, Tensor]:
+        """The estimator's gradient and the exact one, [D] each."""
+        estimator, before = case.estimator, torch.zeros_like(self.proof.start)
+        vector_to_parameters(self.proof.start.clone(), self.proof.lm.parameters())
+        if case in SECOND_EPOCHS:
+            before = self.step(replace(estimator, num_epochs=1))
+        elif estimator.min_generations > 1:
+            local = self.rewards_with_local_z if case.name == LOCAL_Z.name else None
+            estimator = OverGroups(estimator, *self.proof.groups, local)
+        truth = self.gradient_here()  # at the start, or where the first epoch has left the weights
+        return self.step(estimator) - before, truth
 
 
-def verdict(row: Row, case: Case, found: Tensor, error: Tensor, truth: Tensor) -> Row:
-    """Fills in the figures of an estimated gradient, its standard error and the exact one, [D] each."""
+@dataclass(frozen=True)
+class OverGroups:
+    """A groups' estimator in expectation over every group: one of the whole language, which `update` takes as any other."""
+
+    estimator: Any
+    rows: Tensor
+    chance: Tensor
+    rewards_of: Callable[[Tensor], Tensor] | None  # of a group's own log Ẑ, where the stage's are not meant
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.estimator, name)
+
+    def __call__(self, rewards: Tensor, mask: Tensor, *_: Any) -> Advantages:
+        """Drawn from π itself, the groups need no weights; N/K, since the stage takes the mean over all N texts."""
+        drawn = rewards[self.rows] if self.rewards_of is None else self.rewards_of(self.rows)
+        each = N / K * self.chance[:, None] * self.estimator(drawn, mask[self.rows], K).advantages
+        return Advantages(torch.zeros_like(rewards).index_add_(0, self.rows, each))
+
+
+def verdict(row: Row, case: Case, found: Tensor, truth: Tensor) -> Row:
+    """Fills in the figures of an estimator's gradient and the exact one, [D] each."""
     scale = float(found @ truth / (found @ found)) if case.bias else 1 / case.factor
     cosine = float(torch.cosine_similarity(found, truth, 0))
-    relative, standard = (float(x.norm() / truth.norm()) for x in (scale * found - truth, scale * error))
-    if not all(map(math.isfinite, (cosine, relative, standard))):
-        return row._replace(reason="a gradient is zero or not finite")
-    row = row._replace(cosine=cosine, relative_error=relative, standard_error=standard)
-    if error.norm() >= PRECISION * found.norm():
-        return row._replace(reason=f"standard error still {standard:.0%} after {MAX_DRAWS * BLOCKS * GROUPS:,} groups")
+    relative = float((scale * found - truth).norm() / truth.norm())
+    if not (math.isfinite(cosine) and math.isfinite(relative)):
+        return row._replace(status="fail", reason="a gradient is zero or not finite")
     after = f"after × {scale:.3g}" if scale != 1 else ""
     if case.bias:
-        return row._replace(status="biased" if cosine > 0 else "fail", reason=f"{case.bias}; {after}")
-    bound = ERRORS * standard if standard else EXACT
-    if cosine >= COSINE and relative <= bound:
-        return row._replace(status="pass", reason=after)
-    return row._replace(reason=f"not the gradient: relative error {relative:.2g}, allowed {bound:.2g}")
+        status, reason = "biased" if cosine > 0 else "fail", f"{case.bias}; {after}"
+    elif relative <= EXACT:
+        status, reason = "pass", after
+    else:
+        status, reason = "fail", f"not the gradient: relative error {relative:.2g}, allowed {EXACT:.2g}"
+    return row._replace(cosine=cosine, relative_error=relative, status=status, reason=reason)
 
 
 def all_of(specs: Iterable[str]) -> list[Divergence]:
@@ -320,26 +276,18 @@ def verify(specs: Iterable[str] = ()) -> Iterator[list[Row]]:
             yield list(proof.rows(f))
 
 
-STYLES = {"pass": "green", "fail": "bold red", "biased": "yellow", "undefined": "dim"}
-
-
 def counts(rows: Iterable[Row]) -> str:
     count = Counter(row.status for row in rows)
-    return ", ".join(f"[{style}]{count[status]} {status}[/]" for status, style in STYLES.items() if count[status])
+    return ", ".join(f"{count[status]} {status}" for status in ("pass", "fail", "biased", "undefined") if count[status])
 
 
-def tables(rows: list[Row]) -> Iterator[Table]:
-    """One table for each divergence × objective, its counts in the title; a reason is told once, then ditto."""
+def lines(rows: list[Row]) -> Iterator[str]:
+    """A line for each row, under one with the counts of its divergence × objective; a reason is told once, then ditto."""
     for (divergence, objective), group in itertools.groupby(rows, lambda row: row[:2]):
         part, told = list(group), ""
-        table = Table("target", box=None, title_justify="left",
-                      title=f"[bold]{escape(divergence)}[/] · {objective}: {counts(part)}")  # fmt: skip
-        for name, width in (("estimator", 28), ("cosine", 7), ("error", 8), ("s.e.", 7), ("status", 9), ("reason", 0)):
-            table.add_column(name, min_width=width)
+        yield f"{divergence} · {objective}: {counts(part)}"
         for row in part:
-            numbers = ("" if x is None else f"{x:.2g}" for x in row[5:7])
-            cosine = "" if row.cosine is None else f"{row.cosine:.4f}"
-            reason = "″" if row.reason and row.reason == told else escape(row.reason)
-            table.add_row(*row[2:4], cosine, *numbers, f"[{STYLES[row.status]}]{row.status}[/]", reason)
+            figures = "" if row.cosine is None else f"cosine {row.cosine:.4f}, error {row.relative_error:.2g}"
+            reason = "″" if row.reason and row.reason == told else row.reason
+            yield f"  {row.target:9}  {row.estimator:28}  {figures:29}  {row.status:9}  {reason}".rstrip()
             told = row.reason
-        yield table

@@ -90,6 +90,14 @@ def test_shared_stages_run_once_for_each_value_that_they_depend_on(make):
         assert cell.config.sft.learning_rate == cell.values["sft.learning_rate"]
 
 
+def test_only_stages_that_the_cells_ask_for_are_shared(make):
+    """A policy with a pattern for its reward needs no reward model, nor the pairs that one is made from."""
+    ab = grid.load(make(POLICY | {"stages": ["sft", "policy"]}, grid={"divergence": ["js", "tv"]}))
+    (shared,) = grid.shared_cells(ab)
+    assert shared.config.stages == ["sft"]
+    assert {cell.config.reuse for cell in grid.grid_cells(ab)} == {str(shared.config.folder)}
+
+
 @pytest.mark.slow
 def test_a_broken_cell_is_named_and_the_rest_goes_on_until_retry_mends_it(make, tmp_path, call, monkeypatch):
     module = tmp_path / "mine.py"
@@ -168,14 +176,13 @@ def test_the_choice_is_the_best_that_was_measured(make, tmp_path, best, wanted):
         for stage in cell.config.stages:
             (cell.config.folder / stage).mkdir(parents=True)
             (cell.config.folder / stage / "finished.json").write_text("{}")
-        (cell.config.folder / "evaluate" / "metrics.json").write_text(json.dumps({"a": {"b": value}}))
-    assert grid.choose(ab, cells) == {"js": {"policy.learning_rate": wanted}}
+        (cell.config.folder / "evaluate" / "metrics.json").write_text(json.dumps({"a": {"b": value}, "list": [1]}))
+    assert grid.choose(ab) == {"js": {"policy.learning_rate": wanted}}
     assert json.loads((ab.folder / "search.json").read_text())["at_edge"] == []
     assert math.isnan(cells[3].metric("a.b"))
     (message,) = problems(cells[0].metric, "a.bb")
-    assert "did you mean 'b'" in message
-    (message,) = problems(cells[0].metric, "a")
-    assert "not one figure but b" in message
+    assert "did you mean 'a.b'" in message
+    assert "no figure 'list'" in problems(cells[0].metric, "list")[0]
 
 
 def test_a_metric_may_name_the_runs_own_f_whose_label_has_dots(make):
@@ -269,13 +276,13 @@ def test_a_scheduler_takes_the_cells(make, tmp_path, call):
 
 def test_the_live_table_shows_stage_and_steps(make, tmp_path):
     cell = grid.grid_cells(grid.load(make(POLICY, grid={"divergence": ["js", "tv"]})))[0]
-    board = Board([cell], "")
+    board = Board(1, "")
     board.started(cell)
     policy = cell.config.folder / "policy"
     policy.mkdir(parents=True)
     (policy / "metrics.jsonl").write_text('{"step": 1, "kl": 0.0}\n{"step": 2, "kl"')
     board.console = Console(width=80, record=True)
-    board.console.print(board._table())
+    board.console.print(board.table())
     drawn = board.console.export_text()
     assert " js " in drawn
     assert " policy " in drawn

@@ -1,9 +1,11 @@
 """Runs side by side: statistics against brute force, matching of pairs, and what a report of real cells holds."""
 
+import html
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 
@@ -14,6 +16,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from playwright.sync_api import sync_playwright
 from scipy import integrate
 from test_ablation import POLICY, make  # noqa: F401
@@ -23,6 +26,7 @@ import rlhf_fdiv
 from rlhf_fdiv import comparison
 from rlhf_fdiv.comparison import compare, summarise, training_curves
 from rlhf_fdiv.metrics import best_of_n, best_of_n_kl
+from rlhf_fdiv.report import markdown_table, plain
 
 
 def table(effect=0.0, seeds=8, fs=("js", "tv"), betas=(0.5, 1.0), noise=0.1):
@@ -144,6 +148,16 @@ def test_the_report_of_cells_that_ran(make, tmp_path, call):  # noqa: F811
         assert (folder / f"{name}.png").is_file() == (folder / f"{name}.pdf").is_file() == (f"]({name}.png)" in text)
         assert (folder / f"{name}.png").is_file() == (name != "over_optimisation"), "these runs log no gold score"
     in_a_browser(folder / "report.html")
+    shutil.rmtree(folder)
+    runs = [
+        str(tmp_path / "runs" / "ab" / f"{f}-beta=2.0-seed={seed}")
+        for f in ("js", "alpha-alpha=0.3")
+        for seed in (0, 1)
+    ]
+    code, out, err = call("report", *runs)
+    assert code == 0, err
+    assert out.strip() == f"report: {folder / 'report.html'}", "beside the runs"
+    assert [line[:24] for line in (folder / "report.md").read_text().splitlines() if line.startswith("| js | ")]
 
 
 def in_a_browser(path):
@@ -182,6 +196,15 @@ def in_a_browser(path):
             > 1
         )
         assert said == []
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc")) | st.sampled_from("`*_[]()<>|&~!\\#\n")))
+def test_anyones_text_shows_as_it_stands(text):
+    """Whatever a model writes is neither markup nor the end of its cell, in report.md and report.html alike."""
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown_table(["text"], [plain(text)]))
+    (shown,) = re.findall("<td>(.*?)</td>", page, re.DOTALL)
+    assert html.unescape(shown) == " ".join(text.split())
 
 
 @pytest.mark.slow

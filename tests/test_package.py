@@ -17,7 +17,7 @@ from rlhf_fdiv.config.files import find_config
 ROOT = Path(rlhf_fdiv.__file__).parent.parent
 IMPORTS = {
     "eval": ["lm_eval", "mauve"],
-    "report": ["altair", "vl_convert", "jinja2"],
+    "report": ["altair", "vl_convert", "jinja2", "markdown_it"],
     "tracking": ["trackio", "wandb"],
     "submitit": ["submitit"],
 }

@@ -55,10 +55,8 @@ def test_the_whole_table_holds_every_combination_and_nothing_fails():
                     assert (label(f), objective, target, estimator) in found
     for row in rows:
         assert row.reason or row.status == "pass"
-        if row.status == "pass" and row.estimator in EXACT:
+        if row.status == "pass" and row.objective != "sampler":
             assert row.relative_error <= 1e-9, row
-        elif row.status != "undefined" and row.objective != "sampler":
-            assert row.standard_error <= 0.0101, row
 
 
 @pytest.mark.slow
@@ -71,11 +69,10 @@ def test_a_row_agrees_with_what_its_combination_allows():
         assert row.status == ("undefined" if undefined else "biased" if biased else "pass"), row
         assert bool(row.reason) == (row.status != "pass" or row.estimator.startswith("grpo") or row.target == "-")
         if undefined:
-            assert row[4:7] == (None, None, None)
+            assert row[4:6] == (None, None)
             assert "−inf" in row.reason
-        elif row.estimator in EXACT:
+        elif row.status == "pass" and row.objective != "sampler":
             assert row.relative_error <= 1e-9
-            assert row.standard_error == 0
 
 
 def test_in_reverse_kl_a_batch_local_log_z_does_no_harm_and_p_zero_is_refused(fewer, monkeypatch):
@@ -99,16 +96,14 @@ def test_the_moments_are_solved_for_the_enumerated_language(tmp_path):
     assert len(scores["reward"].unique()) > 20
 
 
-def test_groups_are_independent_draws_from_the_policy(tmp_path):
+def test_every_group_that_the_policy_can_draw_is_there_with_its_chance(tmp_path):
     proof = verify.Proof(tmp_path)
-    rows, _ = proof.draw(1)
-    groups = rows.view(verify.P, -1, verify.K) - verify.N * torch.arange(verify.P)[:, None, None]
-    pi = verify.sequence_sum(proof.log_pi, proof.mask).view(verify.P, verify.N).exp()
-    for i in range(verify.P):
-        share = torch.bincount(groups[i].flatten(), minlength=verify.N) / groups[i].numel()
-        assert (share - pi[i]).abs().max() < 2e-3
-        alike = float((groups[i, :, 0] == groups[i, :, 1]).double().mean())
-        assert alike == pytest.approx(float((pi[i] ** 2).sum()), abs=0.02)
+    rows, chance = proof.groups
+    prompts = (rows // verify.N).view(-1, verify.K)
+    assert (prompts == prompts[:, :1]).all()
+    assert len(rows.view(-1, verify.K).unique(dim=0)) == verify.P * verify.N**verify.K
+    drawn = torch.bincount(rows, chance, minlength=verify.P * verify.N) / verify.K
+    assert torch.allclose(drawn, verify.sequence_sum(proof.log_pi, proof.mask).exp(), rtol=1e-9)
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------
@@ -193,8 +188,7 @@ def test_a_loss_that_averages_over_tokens_fails_every_row(fewer, monkeypatch):
     def averaged(log_probs, old, advantages, mask, clip_range=None):
         return policy_loss(log_probs, old, advantages, mask, clip_range) / mask.sum(-1)
 
-    for module in (policy_update, verify):
-        monkeypatch.setattr(module, "policy_loss", averaged)
+    monkeypatch.setattr(policy_update, "policy_loss", averaged)
     rows = rows_of("js")
     for objective in ("match", "regularise"):
         found = statuses(rows, objective)
@@ -404,9 +398,7 @@ def test_json_is_a_list_of_rows_and_nothing_else(fewer, call):
     assert code == 0
     assert {row["status"] for row in rows} <= STATUSES
     for row in rows:
-        assert " ".join(row) == (
-            "divergence objective target estimator cosine relative_error standard_error status reason"
-        )
+        assert " ".join(row) == ("divergence objective target estimator cosine relative_error status reason")
 
 
 @pytest.mark.parametrize(
