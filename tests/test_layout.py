@@ -15,6 +15,7 @@ ROOT = Path(rlhf_fdiv.__file__).parent
 ORDER = (
     "errors",
     "ranges",
+    "parts",
     "divergences",
     "sequences",
     ("targets", "estimators"),

@@ -1,4 +1,12 @@
-"""Potentials that are known before training: a reward tilt, a pointwise constraint, and products."""
+"""Potentials that are known before training: a reward tilt, a pointwise constraint, and products.
+
+A target, of the library or of a user, is a frozen dataclass; its fields are its YAML schema. It has
+
+    scorers              the names of the scorers that it reads, a tuple of str
+    potential(scores)    log p̃ − log a of each text, from those names' scores, a mapping; all of one shape, [B] or [P, K]
+    has_zeros            whether a potential may be −inf; `match` then asks for an f of finite f'(∞), `regularise` refuses
+    beta                 if it has one, r = β·potential is the reward of the reported objective E[r] − β·KL
+"""
 
 from __future__ import annotations
 
