@@ -206,8 +206,6 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     yield from check_scorers(config.scorers, target.scorers if "policy" in config.stages else ())
     unknown = [name for name in policy.logged_scorers if name not in config.scorers]
     yield from (f"policy.logged_scorers: no scorer named {n!r}{did_you_mean(n, config.scorers)}" for n in unknown)
-    if sum(isinstance(part, TARGETS["moments"]) for part in getattr(target, "of", [target])) > 1:
-        yield "target.of: put all moments of a product into one `moments` target; they share one λ vector"
     f = divergences.get(config.sft.divergence)
     if "sft" in config.stages and f.f_prime_at_infinity == float("inf"):
         yield (

@@ -11,6 +11,11 @@ from rlhf_fdiv.targets.moments import Moments
 from rlhf_fdiv.targets.potentials import Product
 
 
+def moments_of(target: Any) -> Moments | None:
+    """The `moments` part of a target."""
+    return next((t for t in getattr(target, "of", [target]) if isinstance(t, Moments)), None)
+
+
 def with_lambdas(target: Any, lambdas: dict[str, float]) -> Any:
     """The target with the λ of its `moments` part set."""
     if isinstance(target, Product):
@@ -30,8 +35,7 @@ class DualAscent:
 
     def __init__(self, target: Any) -> None:
         self.target = target
-        parts = target.of if isinstance(target, Product) else [target]
-        found = next((t for t in parts if isinstance(t, Moments)), Moments({"": 0.0}))
+        found = moments_of(target) or Moments({"": 0.0})
         self.rate, self.goal, self.lambdas = found.dual_learning_rate, found.moments, dict(found.lambdas)
         self._spread, self._steps = dict.fromkeys(self.goal, 0.0), 0
 

@@ -67,10 +67,9 @@ class Pointwise:
 
     def potential(self, scores: dict[str, Tensor]) -> Tensor:
         b = scores[self.scorer]
-        if bool(((b < 0) | (b > 1)).any()):
-            outside = float(b[(b < 0) | (b > 1)][0])
+        for outside in b[(b < 0) | (b > 1)].tolist():
             raise ValueError(f"pointwise: scorer {self.scorer!r} gave {outside:g}, which is not in [0, 1]")
-        return torch.where(b > 0, b, self.floor).clamp(min=self.floor).log() if self.floor else b.log()
+        return b.clamp(min=self.floor).log()
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ class Product:
         if not self.of:
             raise ValueError("of: a product needs at least one target")
         flat = [part for t in self.of for part in (t.of if isinstance(t, Product) else [t])]
+        if sum(hasattr(part, "lambdas") for part in flat) > 1:
+            raise ValueError("of: put all moments of a product into one `moments` target; they share one λ vector")
         object.__setattr__(self, "of", flat)
 
     @property
@@ -95,7 +96,5 @@ class Product:
         return tuple(dict.fromkeys(name for t in self.of for name in t.scorers))
 
     def potential(self, scores: dict[str, Tensor]) -> Tensor:
-        total = self.of[0].potential(scores)
-        for target in self.of[1:]:
-            total = total + target.potential(scores)
+        total = sum(target.potential(scores) for target in self.of)
         return torch.where(total.isnan(), -math.inf, total)
