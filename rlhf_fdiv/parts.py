@@ -6,7 +6,7 @@ import importlib
 import operator
 from typing import Any
 
-from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.errors import UserError, did_you_mean, told_as
 
 
 def named(value: Any, key: str = "a choice") -> dict[str, Any]:
@@ -20,10 +20,8 @@ def named(value: Any, key: str = "a choice") -> dict[str, Any]:
 def load(path: str) -> Any:
     """What `package.module:Name` names. Raises UserError, whatever the module raises, and where it has no such name."""
     module, _, name = path.partition(":")
-    try:
+    with told_as(f"cannot load {path!r}", (Exception, SystemExit)):  # a user's own module may raise anything
         found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # a user's own module may raise anything
-        raise UserError(f"cannot load {path!r}: {type(error).__name__}: {error}") from error
     try:
         return operator.attrgetter(name)(found)
     except AttributeError as error:

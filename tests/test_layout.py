@@ -55,7 +55,7 @@ LEVEL = {unit: i for i, level in enumerate(ORDER) for unit in ([level] if isinst
 # The same within the packages that have several modules of weight.
 INSIDE = {
     "divergences": ("base", "measure", "proofs", "family", "registry"),
-    "targets": ("partition", "potentials", "moments", "dual"),
+    "targets": ("partition", "potentials", "moments"),
     "estimators": ("loss", "groups", "ppo"),
     "config": ("files", "options", "checks"),
     "metrics": ("text", "likelihood", "exact", "divergence", "best_of_n", "rejection", "harness"),

@@ -9,26 +9,8 @@ from rlhf_fdiv.metrics.rejection import inference_baselines, jackknife, quasi_re
 from rlhf_fdiv.metrics.text import distinct_n, likeness, self_bleu
 
 __all__ = [
-    "MAUVE_TEXTS",
-    "Measured",
-    "all_texts",
-    "best_of_n",
-    "best_of_n_kl",
-    "distinct_n",
-    "exact_report",
-    "inference_baselines",
-    "jackknife",
-    "likeness",
-    "lm_eval",
-    "log_partition_of",
-    "log_probs_of_all",
-    "mauve",
-    "measure_all",
-    "paired_difference",
-    "perplexity",
-    "quasi_rejection",
-    "require_harness",
-    "score",
-    "score_both",
+    "MAUVE_TEXTS", "Measured", "all_texts", "best_of_n", "best_of_n_kl", "distinct_n", "exact_report",
+    "inference_baselines", "jackknife", "likeness", "lm_eval", "log_partition_of", "log_probs_of_all", "mauve",
+    "measure_all", "paired_difference", "perplexity", "quasi_rejection", "require_harness", "score", "score_both",
     "self_bleu",
-]
+]  # fmt: skip

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.targets.dual import DualAscent, moments_of, with_lambdas
-from rlhf_fdiv.targets.moments import Moments, MomentSolution, extrapolated, solve_moments
+from rlhf_fdiv.targets.moments import (
+    DualAscent,
+    Moments,
+    MomentSolution,
+    extrapolated,
+    moments_of,
+    solve_moments,
+    with_lambdas,
+)  # fmt: skip
 from rlhf_fdiv.targets.partition import LogPartition, effective_sample_size
 from rlhf_fdiv.targets.potentials import Pointwise, Product, Tilted
 
@@ -43,18 +50,6 @@ def unsolved(target: Any) -> Moments | None:
 TARGETS: dict[str, Any] = {cls.name: cls for cls in (Tilted, Moments, Pointwise, Product)}
 
 __all__ = [
-    "TARGETS",
-    "DualAscent",
-    "LogPartition",
-    "MomentSolution",
-    "Moments",
-    "Pointwise",
-    "Product",
-    "Tilted",
-    "effective_sample_size",
-    "extrapolated",
-    "solve",
-    "solve_moments",
-    "unsolved",
-    "with_lambdas",
-]
+    "TARGETS", "DualAscent", "LogPartition", "MomentSolution", "Moments", "Pointwise", "Product", "Tilted",
+    "effective_sample_size", "extrapolated", "solve", "solve_moments", "unsolved", "with_lambdas",
+]  # fmt: skip
