@@ -17,8 +17,8 @@ class LogPartition:
     collapsed knows of no Z but its own, and must not overrule what was seen earlier. Weights add up to at most `horizon`,
     beyond which older visits fade; samples of the reference (`warm_start`) do not fade, and weigh as many as they are.
 
-    A prompt is its row number in the prompt data. The state goes into the checkpoint. The first estimate of an unseen prompt is
-    that of its own batch.
+    A prompt is its row number in the prompt data. The state goes into the checkpoint. The first estimate of an unseen prompt
+    is that of its own batch.
     """
 
     def __init__(self, horizon: int = 50) -> None:
@@ -47,8 +47,8 @@ class LogPartition:
         return log_z
 
     def of(self, prompts: list[int], k: int) -> Tensor:
-        """The running log Ẑ of prompts that were visited, by batches of k, with the reference's samples where there are some; [P]
-        in float64."""
+        """The running log Ẑ of prompts that were visited, by batches of k, with the reference's samples where there are some;
+        [P] in float64."""
         found = []
         for prompt in prompts:
             (log_z, weight), (reference, n) = self._kept[prompt], self._reference.get(prompt, (-math.inf, 0))
