@@ -58,7 +58,7 @@ INSIDE = {
     "targets": ("partition", "potentials", "moments"),
     "estimators": ("loss", "groups", "ppo"),
     "config": ("files", "options", "checks"),
-    "metrics": ("text", "likelihood", "exact", "divergence", "best_of_n", "rejection", "harness"),
+    "metrics": ("text", "likelihood", "exact", "divergence", "rejection", "harness"),
     "stages": (
         "stopping",
         "common",
