@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,18 +17,26 @@ if TYPE_CHECKING:
     from rlhf_fdiv.grid import Cell
 
 
-class Board(contextlib.ExitStack):
-    """`started` and `ended` are told of each cell; until the end of `with` a thread draws the table of those that run."""
+class Board:
+    """`started` and `ended` are told of each cell; within `with` a thread draws the table of those that run."""
 
     def __init__(self, cells: list[Cell], metric: str) -> None:
         self.cells, self.metric, self.began = cells, metric, time.monotonic()
         self.started_at: dict[str, float] = {}
         self.results: dict[str, str] = {}
         self.console = Console()  # of the stdout of now: what a cell prints in this process goes to its log
-        super().__init__()
+        self.live = Live(console=self.console, get_renderable=self._table, refresh_per_second=1, transient=True)
+
+    def __enter__(self) -> Board:
         if self.console.is_terminal:
-            table = Live(console=self.console, get_renderable=self._table, refresh_per_second=1, transient=True)
-            self.enter_context(table)
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
 
     def started(self, cell: Cell) -> None:
         self.started_at[cell.name] = time.monotonic()
