@@ -20,8 +20,7 @@ import math
 import torch
 
 from rlhf_fdiv import divergences, objectives, optima, toy
-from rlhf_fdiv.estimators import policy_loss
-from rlhf_fdiv.estimators.groups import RLOO, Reinforce
+from rlhf_fdiv.estimators import RLOO, Reinforce, policy_loss
 from rlhf_fdiv.models import Policy
 
 reference = Policy(toy.tiny_lm("gpt2"))

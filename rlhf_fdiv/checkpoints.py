@@ -8,8 +8,6 @@ import shutil
 import zlib
 from pathlib import Path
 
-from rlhf_fdiv.errors import UserError
-
 STATE, TRAINER_STATE = "policy_state.json", "trainer_state.json"  # ours; of a TRL trainer, which writes it last
 
 
@@ -75,10 +73,3 @@ def set_aside(checkpoint: Path) -> Path:
     names = (f"damaged-{checkpoint.name}" + (f".{n}" if n else "") for n in itertools.count())
     free = next(path for path in map(checkpoint.with_name, names) if not path.exists())
     return checkpoint.rename(free)
-
-
-def none_left(tried: list[Path]) -> UserError:
-    return UserError(
-        f"{tried[0].parent}: none of its checkpoints can be read; they are kept as {', '.join(p.name for p in tried)}. "
-        "Without them the stage would start anew: run it again to do that"
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -18,6 +19,17 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line, and its kind where that is a word or nothing."""
     said = " ".join(str(error).split())
     return said if " " in said else f"{type(error).__name__}: {said}"
+
+
+@contextlib.contextmanager
+def told_as(problem: str, kinds: tuple[type[BaseException], ...] = (Exception,)) -> Iterator[None]:
+    """What is raised inside, of these kinds, becomes a UserError with the problem; one that is a UserError stays."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{problem}: {one_line(error)}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -64,28 +64,23 @@ class Replay:
         return Scored.cat([new, *parts])
 
     def save(self, folder: Path) -> None:
-        tensors: dict[str, Tensor] = {}
         for i, x in enumerate(self.kept):
             columns = {**vars(x.batch.sequences), "log_a": x.log_a, "prompts": torch.tensor(x.batch.prompts)}
             columns |= {name: getattr(x.batch, name) for name in ("log_probs", "entropy", "log_mixture")}
             columns |= {f"score.{name}": score for name, score in x.scores.items()}
-            tensors |= {f"{i}.{name}": column.contiguous() for name, column in columns.items()}
-        save_file(tensors, folder / f"replay-{self.accelerator.process_index}.safetensors")
+            path = folder / f"replay-{self.accelerator.process_index}-{i:04}.safetensors"
+            save_file({name: column.contiguous() for name, column in columns.items()}, path)
 
     def load(self, folder: Path) -> None:
-        processes = len(list(folder.glob("replay-*.safetensors")))
+        files = sorted(folder.glob("replay-*.safetensors"))
+        processes = len({path.name.split("-")[1] for path in files})
         if processes != self.accelerator.num_processes:
             raise UserError(
                 f"{folder}: its replay is that of {processes} processes; resume with as many, or start anew"
             )
-        tensors = load_file(folder / f"replay-{self.accelerator.process_index}.safetensors")
         self.kept.clear()
-        for i in range(len({name.partition(".")[0] for name in tensors})):
-            x = {
-                name.removeprefix(f"{i}."): t.to(self.accelerator.device)
-                for name, t in tensors.items()
-                if name.startswith(f"{i}.")
-            }
+        for path in (p for p in files if p.name.split("-")[1] == str(self.accelerator.process_index)):
+            x = {name: t.to(self.accelerator.device) for name, t in load_file(path).items()}
             sequences = Sequences(*(x[field.name] for field in fields(Sequences)))
             batch = Rollout(
                 sequences, x["log_probs"], x["entropy"], x["prompts"].tolist(), log_mixture=x["log_mixture"]

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import math
-import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from rlhf_fdiv.chat import Prompt, answers, is_chat
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.functions import Score, by_keyword, collected, in_threads
+from rlhf_fdiv.parts import load
 from rlhf_fdiv.ranges import Count, NotNegative, Number, Positive
 
 
@@ -153,11 +152,7 @@ class Function:
             raise ValueError(f"path: must look like package.module:function, not {self.path!r}")
 
     def open(self, device: torch.device) -> Score:
-        module, _, attribute = self.path.partition(":")
-        try:
-            found = operator.attrgetter(attribute)(importlib.import_module(module))
-        except (Exception, SystemExit) as error:  # a user's own module may raise anything
-            raise UserError(f"scorers: cannot load {self.path}: {type(error).__name__}: {error}") from error
+        found = load(self.path)
         if not callable(found):
             raise UserError(f"scorers: {self.path} is not a function")
         plain = self.num_workers == 1 and self.timeout is None

@@ -23,7 +23,7 @@ from rlhf_fdiv.checkpoints import newest_checkpoint, what_is_kept
 from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, parse, to_dict
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
-from rlhf_fdiv.errors import UserError, one_line
+from rlhf_fdiv.errors import UserError, told_as
 
 # may change between two calls of one run
 _FREE_KEYS = ("stages", "resume", "report_to", "output_dir", "policy.vllm", "push_to_hub", "hub_private_repo")
@@ -78,15 +78,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(written, dump(dataclasses.replace(self.config, resume=None)))
 
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
-        """A fault of the file system becomes a UserError; every stage that has finished stays as it is."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
-            raise UserError(f"{self.path}: the run's folder cannot be used: {one_line(error)}") from error
+    def _writable(self) -> contextlib.AbstractContextManager[None]:
+        """A fault of the file system becomes a UserError; a null byte in a path is a ValueError."""
+        return told_as(f"{self.path}: the run's folder cannot be used", (OSError, ValueError))
 
     def require_same_config(self) -> None:
         """Raises UserError, naming each change, where the folder holds a run with another config."""

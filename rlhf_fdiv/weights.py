@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from rlhf_fdiv.errors import UserError, one_line
+from rlhf_fdiv.errors import UserError, told_as
 from rlhf_fdiv.known_models import resolve_model
 
 
-@contextlib.contextmanager
-def readable(name_or_path: str, problem: str) -> Iterator[None]:
-    """Whatever a library raises of a model's files becomes a UserError with the model's name and the problem."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of transformers, tokenizers, safetensors, peft and the hub: no kind in common
-        raise UserError(f"model {name_or_path}: {problem}: {one_line(error)}") from error
+def readable(name_or_path: str, problem: str) -> contextlib.AbstractContextManager[None]:
+    """Whatever transformers, tokenizers, safetensors, peft or the hub raise of a model's files becomes a UserError."""
+    return told_as(f"model {name_or_path}: {problem}")
 
 
 def from_safetensors(cls: Any, name_or_path: str, new_head: bool = False, **options: Any) -> Any:

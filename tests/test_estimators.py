@@ -29,9 +29,18 @@ from toy import (
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config.options import PolicyOptions
-from rlhf_fdiv.estimators import ESTIMATORS, GRPO, PPO, RLOO, Reinforce, policy_loss
-from rlhf_fdiv.estimators.loss import out_of_range
-from rlhf_fdiv.estimators.ppo import explained_variance, generalised_advantages, whiten
+from rlhf_fdiv.estimators import (
+    ESTIMATORS,
+    GRPO,
+    PPO,
+    RLOO,
+    Reinforce,
+    explained_variance,
+    generalised_advantages,
+    out_of_range,
+    policy_loss,
+    whiten,
+)
 from rlhf_fdiv.models import Policy
 from rlhf_fdiv.objectives import Match, token_rewards
 from rlhf_fdiv.rollout import Rollout, sample, uniforms

@@ -202,12 +202,12 @@ def test_a_resume_goes_on_with_what_was_kept_and_refuses_another_number_of_proce
             policy(*args, "name=broken")
     broken = goal.parent.parent / "broken"
     shutil.copytree(broken, tmp_path / "copy" / "broken")
-    kept = broken / "policy" / "checkpoint-2" / "replay-0.safetensors"
-    shutil.copy(kept, kept.with_name("replay-1.safetensors"))
+    kept = broken / "policy" / "checkpoint-2" / "replay-0-0000.safetensors"
+    shutil.copy(kept, kept.with_name("replay-1-0000.safetensors"))
     (said,) = problems(policy, *args, "name=broken")
     assert "its replay is that of 2 processes" in said
     assert "damaged" not in said
-    kept.with_name("replay-1.safetensors").unlink()
+    kept.with_name("replay-1-0000.safetensors").unlink()
     out = policy(*args, "name=broken")
     assert without_time(jsonl(out / "metrics.jsonl")) == without_time(jsonl(goal / "metrics.jsonl"))
     assert same(weights(out / "model"), weights(goal / "model"))

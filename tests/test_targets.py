@@ -252,18 +252,6 @@ def test_weights_of_zero_count_as_zero_and_an_all_zero_prompt_recovers():
     assert running.update([1], T([-INF, -INF])).tolist() == pytest.approx([math.log(0.5 / 3)])
 
 
-def test_a_full_store_forgets_the_prompt_that_was_visited_longest_ago():
-    running = LogPartition(capacity=2)
-    running.update([1, 2], T([0.0], [0.0]))
-    running.update([1], T([math.log(3)]))
-    assert running.update([3], T([5.0])).tolist() == [5.0]
-    assert running.state_dict()["prompts"] == [1, 3]
-    assert running.update([1], T([math.log(2)])).tolist() == pytest.approx([math.log(2)])
-    assert running.update([2], T([7.0])).tolist() == [7.0], "2 was forgotten, so this is its first visit"
-    crowd = LogPartition(capacity=1).update([4, 5, 6], T([1.0], [2.0], [3.0]))
-    assert crowd.tolist() == [1.0, 2.0, 3.0], "a batch larger than the store still gets its own estimates"
-
-
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0])
 def test_log_weights_far_from_zero_neither_overflow_nor_vanish(shift):
     near, far = LogPartition(), LogPartition()

@@ -13,13 +13,15 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from rlhf_fdiv import divergences
-from rlhf_fdiv.config.files import Dumper, find_config, read_yaml, with_overrides
+from rlhf_fdiv.config.files import Dumper, find_config, merge, read_yaml, with_overrides
 from rlhf_fdiv.config.options import STAGES, RunConfig
-from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.errors import UserError, did_you_mean, one_line
 from rlhf_fdiv.estimators import ESTIMATORS
 from rlhf_fdiv.objectives import OBJECTIVES
+from rlhf_fdiv.parts import load as load_part
+from rlhf_fdiv.parts import named
 from rlhf_fdiv.ranges import Integer
-from rlhf_fdiv.rewards import SCORERS, check_scorers
+from rlhf_fdiv.rewards import SCORERS, Function, check_scorers
 from rlhf_fdiv.targets import TARGETS
 
 _PLAIN: dict[str, Any] = {
@@ -35,6 +37,11 @@ _PLAIN: dict[str, Any] = {
 }
 _SECTIONS: dict[str, Any] = {k: v for k, v in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(v)}
 _CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}
+_NEEDED = {  # what a user's own class must have, by what it is chosen for; docs/your_own_parts.md tells of it
+    "target": ("scorers", "has_zeros", "potential"),
+    "estimator": ("num_epochs", "clip_range", "value_head", "min_generations", "__call__"),
+    "scorers": ("open",),
+}
 _DEFAULTS = {"objective": "match", "target": "tilted", "estimator": "rloo"}
 TOP_LEVEL = (*_PLAIN, *_SECTIONS, *_CHOICES, "divergence", "scorers")
 
@@ -55,6 +62,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 
 def parse(raw: dict[str, Any]) -> RunConfig:
     """From plain values to a RunConfig. Raises UserError with every problem."""
+    raw = merge({}, raw)  # every choice spelled out
     problems = [f"{key}: unknown key{did_you_mean(str(key), TOP_LEVEL)}" for key in raw if key not in TOP_LEVEL]
     values = {key: validate(kind, raw[key], key, problems) for key, kind in _PLAIN.items() if key in raw}
     if "name" not in raw:
@@ -78,7 +86,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     values["stages"] = [stage for stage in STAGES if stage in stages]
     parts = [*(values.get(key) for key in ("name", *_SECTIONS, *_CHOICES)), *values["scorers"].values(), *fs.values()]
     if all(part is not None for part in parts):  # what contradicts what can only be told of whole parts
-        if isinstance(values["objective"], OBJECTIVES["regularise"]) and "beta" not in _named(raw.get("objective")):
+        if isinstance(values["objective"], OBJECTIVES["regularise"]) and "beta" not in raw.get("objective", ()):
             beta = getattr(values["target"], "beta", values["objective"].beta)
             values["objective"] = dataclasses.replace(values["objective"], beta=beta)
         config = RunConfig(**values)
@@ -86,11 +94,6 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     if problems:
         raise UserError(*problems)
     return config
-
-
-def _named(value: Any) -> dict[str, Any]:
-    """A choice as a mapping: given alone, it is its name."""
-    return value if isinstance(value, dict) else {"name": value}
 
 
 def validate(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
@@ -138,9 +141,16 @@ def _keys(section: Any, path: tuple[Any, ...]) -> list[str]:
 
 
 def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str], default: str | None = None) -> Any:
-    """One of a registry, or None where that adds problems."""
-    options = {"name": default, **_named(value)}
-    name = options.pop("name")
+    """One of a registry or a user's own, or None where that adds problems."""
+    options = {"name": default, **named(value, key)}
+    name, choice = options.pop("name"), key.partition(".")[0]
+    if isinstance(name, str) and ":" in name and choice in _NEEDED:
+        try:
+            registry = {name: _own(name, choice)}
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+            return None
+        options = {"path": name, **options} if registry[name] is Function else options
     if not isinstance(name, str) or name not in registry:
         problems.append(f"{key}.name: {name!r} is not known{did_you_mean(str(name), registry)}")
         return None
@@ -149,6 +159,24 @@ def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str],
         if None in options["of"]:
             return None
     return validate(registry[name], options, key, problems)
+
+
+def _own(path: str, choice: str) -> Any:
+    """A user's class, which is called by its path from now on, or the scorer of a user's function. Raises UserError where it
+    is not of the right kind."""
+    found = load_part(path)
+    if choice == "scorers" and callable(found) and not isinstance(found, type):
+        return Function
+    has = {*dir(found), *(x.name for x in dataclasses.fields(found))} if dataclasses.is_dataclass(found) else set()
+    if lacking := [name for name in _NEEDED[choice] if name not in has]:
+        raise UserError(f"{path!r} is no dataclass with {', '.join(lacking)}")
+    if not found.__module__.startswith("rlhf_fdiv."):
+        found.name, found.__pydantic_config__ = path, STRICT
+    try:
+        TypeAdapter(found)
+    except Exception as error:  # an annotation that no value of a config can have, or that cannot be read
+        raise UserError(f"{path!r} has a field that cannot be checked: {one_line(error)}") from error
+    return found
 
 
 def _divergences(raw: dict[str, Any]) -> dict[str, Any]:
@@ -164,8 +192,9 @@ def _divergences(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _divergence(value: Any, key: str, problems: list[str]) -> dict[str, Any] | None:
     """An f as a mapping, or None where that adds problems."""
-    spec, found = _named(value), []
+    spec, found = {}, []
     try:
+        spec = named(value, key)
         if not isinstance(spec.get("name"), str):
             raise ValueError(f"must be a name or a mapping with one, not {value!r}")
         known = (*divergences.parameters(divergences.divergence_class(spec["name"])), "unit_curvature")
@@ -184,11 +213,10 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     yield from check_scorers(config.scorers, target.scorers if "policy" in config.stages else ())
     unknown = [name for name in policy.logged_scorers if name not in config.scorers]
     yield from (f"policy.logged_scorers: no scorer named {n!r}{did_you_mean(n, config.scorers)}" for n in unknown)
-    if sum(isinstance(part, TARGETS["moments"]) for part in getattr(target, "of", [target])) > 1:
-        yield "target.of: put all moments of a product into one `moments` target; they share one λ vector"
-    if "sft" in config.stages and divergences.get(config.sft.divergence).f_prime_at_infinity == float("inf"):
+    f = divergences.get(config.sft.divergence)
+    if "sft" in config.stages and f.f_prime_at_infinity == float("inf"):
         yield (
-            f"sft.divergence: {config.sft.divergence} is infinite on data (f'(∞) = ∞): use forward_kl, js, tv, hellinger, "
+            f"sft.divergence: {divergences.label(f)} is infinite on data (f'(∞) = ∞): use forward_kl, js, tv, hellinger, "
             "neyman_chi2, skew_js or alpha < 1"
         )
     for stage in config.stages:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf_fdiv.errors import UserError, one_line
+from rlhf_fdiv.parts import named
 
 CHOICES = ("objective", "target", "estimator", "divergence")  # a bare string in their place is their name
 _PACKAGE = Path(__file__).parent.parent
@@ -110,9 +111,9 @@ def merge(under: dict[str, Any], over: dict[str, Any], at: tuple[str, ...] = ())
     out = dict(under)
     for key, value in over.items():
         old, new = _spelled_out(under.get(key), (*at, key)), _spelled_out(value, (*at, key))
-        if isinstance(old, dict) and isinstance(new, dict):
-            another = "name" in old and "name" in new and old["name"] != new["name"]
-            new = new if another else merge(old, new, (*at, key))
+        if isinstance(new, dict):
+            another = not isinstance(old, dict) or ("name" in old and "name" in new and old["name"] != new["name"])
+            new = merge({} if another else old, new, (*at, key))
         out[key] = new
     return out
 
@@ -121,8 +122,8 @@ def _spelled_out(value: Any, at: tuple[str, ...]) -> Any:
     """A model or a choice that is given by its name alone, as a mapping."""
     if isinstance(value, str) and at == ("model",):
         return {"name_or_path": value}
-    if isinstance(value, str) and (at[-1] in CHOICES or at[:-1] == ("scorers",)):
-        return {"name": value}
+    if isinstance(value, str | dict) and ((at[-1] in CHOICES and len(at) < 3) or at[:-1] == ("scorers",)):
+        return named(value, ".".join(map(str, at)))
     return value
 
 

@@ -33,7 +33,7 @@ class DataOptions:
 class SftOptions:
     """Supervised fine-tuning by TRL's SFTTrainer; `training_args` takes any other field of its SFTConfig."""
 
-    divergence: Any = "forward_kl"
+    divergence: Any = field(default_factory=lambda: {"name": "forward_kl"})
     max_steps: Steps = -1
     num_train_epochs: Positive = 1.0
     per_device_train_batch_size: Count = 16
@@ -52,7 +52,7 @@ class RewardOptions:
     `method: finetune` is TRL's RewardTrainer, whose other fields go into `training_args`."""
 
     method: Literal["head", "finetune"] = "head"
-    divergence: Any = "forward_kl"
+    divergence: Any = field(default_factory=lambda: {"name": "forward_kl"})
     label_smoothing: BelowHalf = 0.0
     max_pairs: Count | None = None
     layers: Annotated[list[Annotated[Number, Gt(0), Le(1)]], MinLen(1)] = field(default_factory=lambda: [0.4, 0.6])

@@ -13,20 +13,6 @@ from rlhf_fdiv.divergences.proofs import check
 from rlhf_fdiv.divergences.registry import divergence_class, get, names, register, summary
 
 __all__ = [
-    "Divergence",
-    "Dual",
-    "Estimate",
-    "Scaled",
-    "check",
-    "clustered_error",
-    "divergence_class",
-    "estimate",
-    "exact",
-    "get",
-    "label",
-    "names",
-    "parameters",
-    "perspective",
-    "register",
-    "summary",
-]
+    "Divergence", "Dual", "Estimate", "Scaled", "check", "clustered_error", "divergence_class", "estimate", "exact",
+    "get", "label", "names", "parameters", "perspective", "register", "summary",
+]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from rlhf_fdiv.divergences.base import Divergence, Scaled, label, parameters
 from rlhf_fdiv.divergences.family import FAMILY
 from rlhf_fdiv.divergences.proofs import check
+from rlhf_fdiv.parts import load, named
 
 _REGISTRY: dict[str, type[Divergence]] = {cls.name: cls for cls in FAMILY}
 
@@ -24,11 +24,7 @@ def names() -> list[str]:
 def divergence_class(name: str) -> type[Divergence]:
     """The class of a registered name or of a dotted path `package.module:Class`."""
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # a user's own module may raise anything
-            raise ValueError(f"cannot load the divergence {name!r}: {type(error).__name__}: {error}") from error
+        found = load(name)
         if not (isinstance(found, type) and issubclass(found, Divergence) and hasattr(found, "name")):
             raise ValueError(f"{name!r} is no subclass of rlhf_fdiv.divergences.Divergence with a name")
         return found
@@ -49,7 +45,7 @@ def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence
         if params.keys() - {"unit_curvature"}:
             raise ValueError(f"{label(spec)} has its parameters already; give a name to set {', '.join(params)}")
         return _scaled(spec, params.get("unit_curvature", False))
-    options = {**({"name": spec} if isinstance(spec, str) else spec), **params}
+    options = named(spec) | params
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f"a divergence needs a name, one of: {', '.join(_REGISTRY)}; got {spec!r}")

@@ -44,11 +44,8 @@ def measure_all(
         measured = divergences.estimate(f, log_pi, log_p, groups)
         (value, error, ess), reason = measured, measured.reason
         if not reason and bias > max(error, 0.02):
-            value, error, reason = (
-                math.nan,
-                math.nan,
-                f"not measurable: log Ẑ is biased by about {bias:.2g}, more than the error",
-            )
+            value = error = math.nan
+            reason = f"not measurable: log Ẑ is biased by about {bias:.2g}, more than the error"
         table[divergences.label(f)] = {"value": value, "standard_error": error, "ess": ess, "reason": reason}
     return table
 

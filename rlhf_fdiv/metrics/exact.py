@@ -48,26 +48,19 @@ def exact_report(fs: list[Divergence], log_pi: Tensor, log_a: Tensor, log_p: Ten
     def mean(x: Tensor) -> float:
         return float(x.mean())
 
-    def tilted(beta: float) -> dict[str, float]:
-        log_q = (log_a + reward / beta).log_softmax(1)
-        return {
-            "beta": beta,
-            "reward": mean((log_q.exp() * reward).sum(1)),
-            "kl_reference": mean((log_q.exp() * (log_q - log_a)).sum(1)),
-        }
+    def figures(log_q: Tensor) -> dict[str, float]:
+        q = log_q.exp()
+        return {"reward": mean((q * reward).sum(1)), "kl_reference": mean((q * (log_q - log_a)).sum(1))}
 
-    pi, p = log_pi.exp(), log_p.exp()
-    bounded = bool(reward.isfinite().all()) and float(reward.std()) > 0
+    pi, p, spread = log_pi.exp(), log_p.exp(), float(reward.std())
+    betas = spread * torch.logspace(-1.5, 1.5, 25) if spread > 0 and bool(reward.isfinite().all()) else torch.zeros(0)
     return {
-        "reward": mean((pi * reward).sum(1)),
-        "kl_reference": mean((pi * (log_pi - log_a)).sum(1)),
+        **figures(log_pi),
         "entropy": mean(torch.special.entr(pi).sum(1)),
         "recall": mean((p * (pi > p / 10)).sum(1)),
         "precision": mean((pi * (p > pi / 10)).sum(1)),
         "to_target": {divergences.label(f): mean(divergences.exact(f, log_pi, log_p)) for f in fs},
         "to_reference": {divergences.label(f): mean(divergences.exact(f, log_pi, log_a)) for f in fs},
-        "target": {"reward": mean((p * reward).sum(1)), "kl_reference": mean((p * (log_p - log_a)).sum(1))},
-        "frontier": [tilted(float(reward.std()) * x) for x in torch.logspace(-1.5, 1.5, 25).tolist()]
-        if bounded
-        else [],
+        "target": figures(log_p),
+        "frontier": [{"beta": b, **figures((log_a + reward / b).log_softmax(1))} for b in betas.tolist()],
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.errors import UserError, told_as
 
 MAUVE_TEXTS = 500  # of each side, below which its authors do not trust it
 
@@ -37,11 +37,10 @@ def task_manager(tasks: tuple[str, ...]) -> Any:
             raise UserError(f"evaluate.lm_eval: {task}: no such task file")
         if not is_file and task not in manager.all_tasks:
             raise UserError(f"evaluate.lm_eval: lm-eval has no task {task!r}; `lm-eval ls tasks` lists them")
-        try:
+        with told_as(
+            f"evaluate.lm_eval: {task} cannot be loaded"
+        ):  # a user's task file, or a data set that is not here
             manager.load([task])
-        except Exception as error:  # whatever a user's task file or a data set that is not here leads to
-            message = " ".join(str(error).split())
-            raise UserError(f"evaluate.lm_eval: {task} cannot be loaded: {type(error).__name__}: {message}") from error
     return manager
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.estimators import importance_weights, policy_loss
-from rlhf_fdiv.estimators.loss import out_of_range
-from rlhf_fdiv.estimators.ppo import explained_variance
+from rlhf_fdiv.estimators import explained_variance, importance_weights, out_of_range, policy_loss
 from rlhf_fdiv.models import in_micro_batches
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum

@@ -19,7 +19,6 @@ from rlhf_fdiv.checkpoints import (
     STATE,
     checkpoints,
     checksums,
-    none_left,
     prune_checkpoints,
     require_whole,
     set_aside,
@@ -78,7 +77,10 @@ class Checkpoints:
             self.accelerator.print(f"warning: {checkpoint} is damaged ({problem}); it is now {tried[-1].name}")
             self.accelerator.wait_for_everyone()
         if tried:
-            raise none_left(tried)
+            raise UserError(
+                f"{self.out}: none of its checkpoints can be read; they are kept as {', '.join(p.name for p in tried)}. "
+                "Without them the stage would start anew: run it again to do that"
+            )
         return 0
 
     def _seal(self, part: Path, step: int) -> None:

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.targets.dual import DualAscent, with_lambdas
-from rlhf_fdiv.targets.moments import Moments, MomentSolution, extrapolated, solve_moments
+from rlhf_fdiv.targets.moments import (
+    DualAscent,
+    Moments,
+    MomentSolution,
+    extrapolated,
+    moments_of,
+    solve_moments,
+    with_lambdas,
+)  # fmt: skip
 from rlhf_fdiv.targets.partition import LogPartition, effective_sample_size
 from rlhf_fdiv.targets.potentials import Pointwise, Product, Tilted
 
@@ -21,14 +28,10 @@ def solve(target: Any, scores: dict[str, Tensor], extrapolate: bool = False) -> 
 
     `extrapolate` takes the bias of few samples a prompt off λ.
     """
-    parts = target.of if isinstance(target, Product) else [target]
-    open_parts = [t for t in parts if isinstance(t, Moments) and not t.lambdas]
-    if not open_parts:
+    moments = unsolved(target)
+    if moments is None:
         return target, None
-    if len(open_parts) > 1:
-        raise ValueError("target: put all moments of a product into one `moments` target; they share one λ vector")
-    moments, others = open_parts[0], [t for t in parts if t is not open_parts[0]]
-    names = list(moments.moments)
+    names, others = list(moments.moments), [t for t in getattr(target, "of", ()) if t is not moments]
     base = Product(others).potential(scores) if others else None
     goal = torch.tensor([moments.moments[n] for n in names], dtype=torch.float64)
     phi = torch.stack([scores[n] for n in names], -1)
@@ -40,25 +43,13 @@ def solve(target: Any, scores: dict[str, Tensor], extrapolate: bool = False) -> 
 
 def unsolved(target: Any) -> Moments | None:
     """The `moments` part whose λ is still to be solved."""
-    parts = target.of if isinstance(target, Product) else [target]
-    return next((t for t in parts if isinstance(t, Moments) and not t.lambdas), None)
+    moments = moments_of(target)
+    return moments if moments and not moments.lambdas else None
 
 
 TARGETS: dict[str, Any] = {cls.name: cls for cls in (Tilted, Moments, Pointwise, Product)}
 
 __all__ = [
-    "TARGETS",
-    "DualAscent",
-    "LogPartition",
-    "MomentSolution",
-    "Moments",
-    "Pointwise",
-    "Product",
-    "Tilted",
-    "effective_sample_size",
-    "extrapolated",
-    "solve",
-    "solve_moments",
-    "unsolved",
-    "with_lambdas",
-]
+    "TARGETS", "DualAscent", "LogPartition", "MomentSolution", "Moments", "Pointwise", "Product", "Tilted",
+    "effective_sample_size", "extrapolated", "solve", "solve_moments", "unsolved", "with_lambdas",
+]  # fmt: skip

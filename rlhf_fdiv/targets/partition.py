@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ class LogPartition:
     collapsed knows of no Z but its own, and must not overrule what was seen earlier. Weights add up to at most `horizon`,
     beyond which older visits fade; samples of the reference (`warm_start`) do not fade, and weigh as many as they are.
 
-    A prompt is its row number in the prompt data; at most `capacity` prompts are kept, those visited last. The state goes
-    into the checkpoint. The first estimate of an unseen prompt is that of its own batch.
+    A prompt is its row number in the prompt data. The state goes into the checkpoint. The first estimate of an unseen prompt
+    is that of its own batch.
     """
 
-    def __init__(self, horizon: int = 50, capacity: int = 1_000_000) -> None:
-        self.horizon, self.capacity = horizon, capacity
-        self._kept: dict[int, tuple[float, float]] = {}  # log Ẑ and weight, the longest unvisited prompt first
+    def __init__(self, horizon: int = 50) -> None:
+        self.horizon = horizon
+        self._kept: dict[int, tuple[float, float]] = {}  # log Ẑ and weight
         self._reference: dict[int, tuple[float, int]] = {}  # log Ẑ from samples of the reference, and how many
         self.coverage = 1.0
 
@@ -39,24 +38,22 @@ class LogPartition:
         Without `log_ratio` every visit weighs the same.
         """
         for prompt, new in zip(prompts, _log_mean(log_weights, 1).tolist(), strict=True):
-            old, weight = self._kept.pop(prompt, (-math.inf, 0.0))
+            old, weight = self._kept.get(prompt, (-math.inf, 0.0))
             weight = min(weight + self.coverage, self.horizon)
             self._kept[prompt] = _log_mix(old, new, self.coverage / weight), weight
         log_z = self.of(prompts, log_weights.shape[1]).to(log_weights)
-        for longest_unvisited in list(islice(self._kept, max(len(self._kept) - self.capacity, 0))):
-            del self._kept[longest_unvisited]
         if log_ratio is not None:
             self.coverage = min(max(float(_log_mean(log_ratio.flatten(), 0).exp()), 1e-9), 1.0)
         return log_z
 
     def of(self, prompts: list[int], k: int) -> Tensor:
-        """The running log Ẑ of prompts that were visited, by batches of k, [P] in float64."""
-        return torch.tensor([self._of(prompt, k) for prompt in prompts], dtype=torch.float64)
-
-    def _of(self, prompt: int, k: int) -> float:
-        """With the reference's samples where there are some."""
-        (log_z, weight), (reference, n) = self._kept[prompt], self._reference.get(prompt, (-math.inf, 0))
-        return _log_mix(reference, log_z, k * weight / (k * weight + n))
+        """The running log Ẑ of prompts that were visited, by batches of k, with the reference's samples where there are some;
+        [P] in float64."""
+        found = []
+        for prompt in prompts:
+            (log_z, weight), (reference, n) = self._kept[prompt], self._reference.get(prompt, (-math.inf, 0))
+            found.append(_log_mix(reference, log_z, k * weight / (k * weight + n)))
+        return torch.tensor(found, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"prompts": list(self._kept), "kept": list(self._kept.values()), "coverage": self.coverage}

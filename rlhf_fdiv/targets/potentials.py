@@ -1,4 +1,12 @@
-"""Potentials that are known before training: a reward tilt, a pointwise constraint, and products."""
+"""Potentials that are known before training: a reward tilt, a pointwise constraint, and products.
+
+A target, of the library or of a user, is a frozen dataclass; its fields are its YAML schema. It has
+
+    scorers              the names of the scorers that it reads, a tuple of str
+    potential(scores)    log p̃ − log a of each text, from those names' scores, a mapping; all of one shape, [B] or [P, K]
+    has_zeros            whether a potential may be −inf; `match` then asks for an f of finite f'(∞), `regularise` refuses
+    beta                 if it has one, r = β·potential is the reward of the reported objective E[r] − β·KL
+"""
 
 from __future__ import annotations
 
@@ -59,10 +67,9 @@ class Pointwise:
 
     def potential(self, scores: dict[str, Tensor]) -> Tensor:
         b = scores[self.scorer]
-        if bool(((b < 0) | (b > 1)).any()):
-            outside = float(b[(b < 0) | (b > 1)][0])
+        for outside in b[(b < 0) | (b > 1)].tolist():
             raise ValueError(f"pointwise: scorer {self.scorer!r} gave {outside:g}, which is not in [0, 1]")
-        return torch.where(b > 0, b, self.floor).clamp(min=self.floor).log() if self.floor else b.log()
+        return b.clamp(min=self.floor).log()
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class Product:
         if not self.of:
             raise ValueError("of: a product needs at least one target")
         flat = [part for t in self.of for part in (t.of if isinstance(t, Product) else [t])]
+        if sum(hasattr(part, "lambdas") for part in flat) > 1:
+            raise ValueError("of: put all moments of a product into one `moments` target; they share one λ vector")
         object.__setattr__(self, "of", flat)
 
     @property
@@ -87,7 +96,5 @@ class Product:
         return tuple(dict.fromkeys(name for t in self.of for name in t.scorers))
 
     def potential(self, scores: dict[str, Tensor]) -> Tensor:
-        total = self.of[0].potential(scores)
-        for target in self.of[1:]:
-            total = total + target.potential(scores)
+        total = sum(target.potential(scores) for target in self.of)
         return torch.where(total.isnan(), -math.inf, total)
