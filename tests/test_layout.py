@@ -37,6 +37,8 @@ ORDER = (
     "replay",
     "metrics",
     "config",
+    "footprint",
+    "plan",
     "checkpoints",
     "tracking",
     "plots",
