@@ -628,12 +628,9 @@ def test_a_registered_f_is_found_by_its_name_with_its_parameters(clean_registry)
         D.get("quartic", w=1)
 
 
-KL = D.get("forward_kl")
-INVERSE, CONJUGATE = (
-    {"f_prime_inverse": lambda self, u: KL.f_prime_inverse(u)},
-    {"conjugate": lambda self, u: KL.conjugate(u)},
+INVERSE, CONJUGATE, DUAL = (
+    {name: getattr(D.divergence_class("forward_kl"), name)} for name in ("f_prime_inverse", "conjugate", "dual")
 )
-DUAL = {"dual": lambda self: KL.dual()}
 WRONG = {
     "f' is not the slope of f at t = ": (HELLINGER[0], FORWARD[1], 1.0),
     "f' is not the slope": (PEARSON[0], lambda t, s: 2.002 * (t - 1), INF),

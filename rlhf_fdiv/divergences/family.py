@@ -3,8 +3,9 @@ docs/mathematics.md."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -40,61 +41,27 @@ def _log_mix(s: Tensor, w: float) -> Tensor:
     )
 
 
-def _expm1_over(s: Tensor, c: float) -> Tensor:
-    """(e^{cs} − 1)/c, which tends to s as c → 0."""
-    return torch.expm1(c * s) / c if c else s
-
-
 @dataclass(frozen=True, repr=False)
-class Alpha(Divergence):
-    """Amari's family in the convention of f-DPG: α → 1 is KL(π‖p), α → 0 is KL(p‖π), α = 2 is ½χ²(π‖p), α = ½ is 4·H².
-    Continuous in α, in value and slope, through 0 and 1."""
-
-    alpha: float = 0.5
-    name: ClassVar[str] = "alpha"
-    formula: ClassVar[str] = "(t^α − αt − 1 + α)/(α(α−1))"
-    direction: ClassVar[str] = "α → 1: KL(π‖p); α → 0: KL(p‖π)"
-    examples: ClassVar = tuple({"alpha": a} for a in (-1.0, 0.0, 1e-6, 0.3, 0.5, 0.9, 1.0, 1 + 1e-6, 2.0, 3.0))
-    f_prime_at_infinity = property(lambda self: 1 / (1 - self.alpha) if self.alpha < 1 else math.inf)
-    curvature: ClassVar[float] = 1.0
-
-    def f(self, s: Tensor) -> Tensor:
-        a = self.alpha
-        if a in (0, 1):
-            return _t_log_t(s) if a else _expm1_minus(s)
-        if a > 0.5:  # t·f_{1−α}(1/t) near t = 1, where the plain form cancels
-            near, far = s.abs() < 1, s.clamp(min=-150.0)
-            plain = (1 + far.exp() * (_expm1_over(far, a - 1) - 1)) / a
-            z = torch.where(near, s, 0.0)
-            return torch.where(near, z.exp() * Alpha(1 - a).f(-z), plain)
-        near = s.abs() < 1
-        z = torch.where(near, s, 0.0)
-        small = _expm1_minus(z) - _expm1_minus(a * z) / a
-        return torch.where(near, small, torch.expm1(s) - _expm1_over(s, a)) / (1 - a)
-
-    def f_prime(self, s: Tensor) -> Tensor:
-        return _expm1_over(s, self.alpha - 1)
-
-    def f_prime_inverse(self, u: Tensor) -> Tensor:
-        c = self.alpha - 1
-        return torch.log1p((c * u).clamp(min=-1)) / c if c else u
-
-    def conjugate(self, u: Tensor) -> Tensor:
-        return torch.where(u > self.f_prime_at_infinity, math.inf, _expm1_over(self.f_prime_inverse(u), self.alpha))
-
-    def dual(self) -> Divergence:
-        return Alpha(1 - self.alpha)
-
-
-@dataclass(frozen=True, repr=False)
-class ReverseKL(Alpha):
+class ReverseKL(Divergence):
     """KL(π‖p), mode seeking: the KL of RLHF and of PPO's penalty."""
 
-    alpha: float = field(default=1.0, init=False)
     name: ClassVar[str] = "reverse_kl"
     formula: ClassVar[str] = "t ln t − t + 1"
     direction: ClassVar[str] = "KL(π‖p), mode seeking"
-    examples: ClassVar = ({},)
+    f_prime_at_infinity: ClassVar[float] = math.inf
+    curvature: ClassVar[float] = 1.0
+
+    def f(self, s: Tensor) -> Tensor:
+        return _t_log_t(s)
+
+    def f_prime(self, s: Tensor) -> Tensor:
+        return s
+
+    def f_prime_inverse(self, u: Tensor) -> Tensor:
+        return u
+
+    def conjugate(self, u: Tensor) -> Tensor:
+        return torch.expm1(u)
 
     def dual(self) -> Divergence:
         return ForwardKL()
@@ -104,17 +71,110 @@ class ReverseKL(Alpha):
 
 
 @dataclass(frozen=True, repr=False)
-class ForwardKL(Alpha):
+class ForwardKL(Divergence):
     """KL(p‖π), mass covering: the KL of maximum likelihood, distributional tuning (GDC) and distillation."""
 
-    alpha: float = field(default=0.0, init=False)
     name: ClassVar[str] = "forward_kl"
     formula: ClassVar[str] = "−ln t + t − 1"
     direction: ClassVar[str] = "KL(p‖π), mass covering"
-    examples: ClassVar = ({},)
+    f_prime_at_infinity: ClassVar[float] = 1.0
+    curvature: ClassVar[float] = 1.0
+
+    def f(self, s: Tensor) -> Tensor:
+        return _expm1_minus(s)
+
+    def f_prime(self, s: Tensor) -> Tensor:
+        return -torch.expm1(-s)
+
+    def f_prime_inverse(self, u: Tensor) -> Tensor:
+        return -torch.log1p(-u.clamp(max=1))
+
+    def conjugate(self, u: Tensor) -> Tensor:
+        return torch.where(u > 1, math.inf, self.f_prime_inverse(u))
 
     def dual(self) -> Divergence:
         return ReverseKL()
+
+
+@dataclass(frozen=True, repr=False)
+class SkewJS(Divergence):
+    """w·KL(π‖m) + (1−w)·KL(p‖m) with m = w·π + (1−w)·p, 0 < w < 1; bounded, symmetric at w = ½."""
+
+    w: float = 0.5
+    name: ClassVar[str] = "skew_js"
+    formula: ClassVar[str] = "w t ln t − (wt+1−w) ln(wt+1−w)"
+    direction: ClassVar[str] = "w·KL(π‖m) + (1−w)·KL(p‖m), m = wπ + (1−w)p"
+    examples: ClassVar = ({"w": 0.1}, {"w": 0.5}, {"w": 0.8})
+    f_prime_at_infinity = property(lambda self: -self.w * math.log(self.w))
+    curvature = property(lambda self: self.w * (1 - self.w))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.w < 1:
+            raise ValueError(f"skew_js: w must lie strictly between 0 and 1, not {self.w}")
+
+    def _log_to_m(self, s: Tensor) -> Tensor:
+        """log π/m; log p/m is the same function of −s with 1−w."""
+        return -_log_mix(-s, 1 - self.w)
+
+    def f(self, s: Tensor) -> Tensor:
+        log_m = _log_mix(s, self.w)  # log m/p
+        return self.w * log_m.exp() * _t_log_t(self._log_to_m(s)) + (1 - self.w) * _expm1_minus(log_m)
+
+    def f_prime(self, s: Tensor) -> Tensor:
+        return self.w * self._log_to_m(s)
+
+    def f_prime_inverse(self, u: Tensor) -> Tensor:
+        v = (u / self.w).clamp(max=-math.log(self.w))
+        s = math.log1p(-self.w) + v - torch.log1p(-self.w * v.exp())
+        return torch.where(u >= self.f_prime_at_infinity, math.inf, s)
+
+    def conjugate(self, u: Tensor) -> Tensor:
+        v = (u / self.w).clamp(max=-math.log(self.w))
+        value = (1 - self.w) * (math.log1p(-self.w) - torch.log1p(-self.w * v.exp()))
+        return torch.where(u >= self.f_prime_at_infinity, math.inf, value)
+
+    def dual(self) -> Divergence:
+        return SkewJS(1 - self.w)
+
+
+@dataclass(frozen=True, repr=False)
+class JS(Scaled):
+    """2·JSD(π, p), the scale of GANs and of f-DPG: KL(π‖m) + KL(p‖m) with m = (π+p)/2; symmetric, at most 2 ln 2."""
+
+    of: Divergence = dataclasses.field(default=SkewJS(0.5), init=False)
+    factor: float = dataclasses.field(default=2.0, init=False)
+    name: ClassVar[str] = "js"
+    formula: ClassVar[str] = "t ln t − (t+1) ln((t+1)/2)"
+    direction: ClassVar[str] = "symmetric; between mode seeking and mass covering"
+
+    def dual(self) -> Divergence:
+        return self
+
+
+@dataclass(frozen=True, repr=False)
+class TotalVariation(Divergence):
+    """½ Σ|π − p|: symmetric, bounded by 1, with a kink at t = 1 (no curvature, no inverse of f')."""
+
+    name: ClassVar[str] = "tv"
+    formula: ClassVar[str] = "½|t − 1|"
+    direction: ClassVar[str] = "symmetric; ½ Σ|π − p|"
+    f_prime_at_infinity: ClassVar[float] = 0.5
+    curvature: ClassVar[float] = math.nan
+
+    def f(self, s: Tensor) -> Tensor:
+        return torch.expm1(s).abs() / 2
+
+    def f_prime(self, s: Tensor) -> Tensor:
+        return torch.sign(s) / 2
+
+    def f_prime_inverse(self, u: Tensor) -> Tensor:
+        raise NotImplementedError("tv: f' takes only the values −½, 0 and ½, so it has no inverse")
+
+    def conjugate(self, u: Tensor) -> Tensor:
+        return torch.where(u > 0.5, math.inf, u.clamp(min=-0.5))
+
+    def dual(self) -> Divergence:
+        return self
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,84 +257,87 @@ class Hellinger(Divergence):
 
 
 @dataclass(frozen=True, repr=False)
-class SkewJS(Divergence):
-    """w·KL(π‖m) + (1−w)·KL(p‖m) with m = w·π + (1−w)·p, 0 < w < 1; bounded, symmetric at w = ½."""
+class Alpha(Divergence):
+    """Amari's family in the convention of f-DPG: α → 1 is KL(π‖p), α → 0 is KL(p‖π), α = 2 is ½χ²(π‖p), α = ½ is 4·H².
+    Continuous in α, in value and slope, through 0 and 1."""
 
-    w: float = 0.5
-    name: ClassVar[str] = "skew_js"
-    formula: ClassVar[str] = "w t ln t − (wt+1−w) ln(wt+1−w)"
-    direction: ClassVar[str] = "w·KL(π‖m) + (1−w)·KL(p‖m), m = wπ + (1−w)p"
-    examples: ClassVar = ({"w": 0.1}, {"w": 0.5}, {"w": 0.8})
-    f_prime_at_infinity = property(lambda self: -self.w * math.log(self.w))
-    curvature = property(lambda self: self.w * (1 - self.w))
-
-    def __post_init__(self) -> None:
-        if not 0 < self.w < 1:
-            raise ValueError(f"skew_js: w must lie strictly between 0 and 1, not {self.w}")
-
-    def _log_to_m(self, s: Tensor) -> Tensor:
-        """log π/m; log p/m is the same function of −s with 1−w."""
-        return -_log_mix(-s, 1 - self.w)
+    alpha: float = 0.5
+    name: ClassVar[str] = "alpha"
+    formula: ClassVar[str] = "(t^α − αt − 1 + α)/(α(α−1))"
+    direction: ClassVar[str] = "α → 1: KL(π‖p); α → 0: KL(p‖π)"
+    examples: ClassVar = tuple({"alpha": a} for a in (-1.0, 0.0, 1e-6, 0.3, 0.5, 0.9, 1.0, 1 + 1e-6, 2.0, 3.0))
+    f_prime_at_infinity = property(lambda self: 1 / (1 - self.alpha) if self.alpha < 1 else math.inf)
+    curvature: ClassVar[float] = 1.0
 
     def f(self, s: Tensor) -> Tensor:
-        log_m = _log_mix(s, self.w)  # log m/p
-        return self.w * log_m.exp() * _t_log_t(self._log_to_m(s)) + (1 - self.w) * _expm1_minus(log_m)
+        a = self.alpha
+        if a > 0.5:  # t·f_{1−α}(1/t) near t = 1, where the plain form cancels
+            near, far = s.abs() < 1, s.clamp(min=-150.0)
+            plain = (1 + far.exp() * (_expm1_over(far, a - 1) - 1)) / a
+            z = torch.where(near, s, 0.0)
+            return torch.where(near, z.exp() * Alpha(1 - a).f(-z), plain)
+        near = s.abs() < 1
+        z = torch.where(near, s, 0.0)
+        shrunk = _expm1_minus(a * z) / a if a else torch.zeros_like(z)
+        return torch.where(near, _expm1_minus(z) - shrunk, torch.expm1(s) - _expm1_over(s, a)) / (1 - a)
 
     def f_prime(self, s: Tensor) -> Tensor:
-        return self.w * self._log_to_m(s)
+        return _expm1_over(s, self.alpha - 1)
 
     def f_prime_inverse(self, u: Tensor) -> Tensor:
-        v = (u / self.w).clamp(max=-math.log(self.w))
-        s = math.log1p(-self.w) + v - torch.log1p(-self.w * v.exp())
-        return torch.where(u >= self.f_prime_at_infinity, math.inf, s)
+        c = self.alpha - 1
+        return torch.log1p((c * u).clamp(min=-1)) / c if c else u
 
     def conjugate(self, u: Tensor) -> Tensor:
-        v = (u / self.w).clamp(max=-math.log(self.w))
-        value = (1 - self.w) * (math.log1p(-self.w) - torch.log1p(-self.w * v.exp()))
-        return torch.where(u >= self.f_prime_at_infinity, math.inf, value)
+        return torch.where(u > self.f_prime_at_infinity, math.inf, _expm1_over(self.f_prime_inverse(u), self.alpha))
 
     def dual(self) -> Divergence:
-        return SkewJS(1 - self.w)
+        return Alpha(1 - self.alpha)
+
+
+def _expm1_over(s: Tensor, c: float) -> Tensor:
+    """(e^{cs} − 1)/c, which tends to s as c → 0."""
+    return torch.expm1(c * s) / c if c else s
 
 
 @dataclass(frozen=True, repr=False)
-class JS(Scaled):
-    """2·JSD(π, p), the scale of GANs and of f-DPG: KL(π‖m) + KL(p‖m) with m = (π+p)/2; symmetric, at most 2 ln 2."""
+class Jeffreys(Divergence):
+    """KL(π‖p) + KL(p‖π)."""
 
-    of: Divergence = field(default=SkewJS(0.5), init=False)
-    factor: float = field(default=2.0, init=False)
-    name: ClassVar[str] = "js"
-    formula: ClassVar[str] = "t ln t − (t+1) ln((t+1)/2)"
-    direction: ClassVar[str] = "symmetric; between mode seeking and mass covering"
+    name: ClassVar[str] = "jeffreys"
+    formula: ClassVar[str] = "(t − 1) ln t"
+    direction: ClassVar[str] = "symmetric; KL(π‖p) + KL(p‖π)"
+    f_prime_at_infinity: ClassVar[float] = math.inf
+    curvature: ClassVar[float] = 2.0
+
+    def f(self, s: Tensor) -> Tensor:
+        return s * torch.expm1(s)
+
+    def f_prime(self, s: Tensor) -> Tensor:
+        return s - torch.expm1(-s)
 
     def dual(self) -> Divergence:
         return self
 
 
 @dataclass(frozen=True, repr=False)
-class TotalVariation(Divergence):
-    """½ Σ|π − p|: symmetric, bounded by 1, with a kink at t = 1 (no curvature, no inverse of f')."""
+class ChiMix(Divergence):
+    """½χ²(π‖p) + KL(π‖p): Pearson's guard against over-optimisation, with the f'(0⁺) = −∞ that `prefer` needs (χPO)."""
 
-    name: ClassVar[str] = "tv"
-    formula: ClassVar[str] = "½|t − 1|"
-    direction: ClassVar[str] = "symmetric; ½ Σ|π − p|"
-    f_prime_at_infinity: ClassVar[float] = 0.5
-    curvature: ClassVar[float] = math.nan
+    name: ClassVar[str] = "chi_mix"
+    formula: ClassVar[str] = "½(t−1)² + t ln t − t + 1"
+    direction: ClassVar[str] = "½χ²(π‖p) + KL(π‖p)"
+    f_prime_at_infinity: ClassVar[float] = math.inf
+    curvature: ClassVar[float] = 2.0
 
     def f(self, s: Tensor) -> Tensor:
-        return torch.expm1(s).abs() / 2
+        return torch.expm1(s) ** 2 / 2 + _t_log_t(s)
 
     def f_prime(self, s: Tensor) -> Tensor:
-        return torch.sign(s) / 2
-
-    def f_prime_inverse(self, u: Tensor) -> Tensor:
-        raise NotImplementedError("tv: f' takes only the values −½, 0 and ½, so it has no inverse")
-
-    def conjugate(self, u: Tensor) -> Tensor:
-        return torch.where(u > 0.5, math.inf, u.clamp(min=-0.5))
+        return torch.expm1(s) + s
 
     def dual(self) -> Divergence:
-        return self
+        return Mixture((NeymanChi2(), ForwardKL()), (0.5, 1.0))
 
 
 @dataclass(frozen=True, repr=False)
@@ -304,37 +367,6 @@ class Mixture(Divergence):
 
     def dual(self) -> Divergence:
         return Mixture(tuple(f.dual() for f in self.components), self.weights)
-
-
-@dataclass(frozen=True, repr=False)
-class Jeffreys(Divergence):
-    """KL(π‖p) + KL(p‖π)."""
-
-    name: ClassVar[str] = "jeffreys"
-    formula: ClassVar[str] = "(t − 1) ln t"
-    direction: ClassVar[str] = "symmetric; KL(π‖p) + KL(p‖π)"
-    f_prime_at_infinity: ClassVar[float] = math.inf
-    curvature: ClassVar[float] = 2.0
-
-    def f(self, s: Tensor) -> Tensor:
-        return s * torch.expm1(s)
-
-    def f_prime(self, s: Tensor) -> Tensor:
-        return s - torch.expm1(-s)
-
-    def dual(self) -> Divergence:
-        return self
-
-
-@dataclass(frozen=True, repr=False)
-class ChiMix(Mixture):
-    """½χ²(π‖p) + KL(π‖p): Pearson's guard against over-optimisation, with the f'(0⁺) = −∞ that `prefer` needs (χPO)."""
-
-    components: tuple[Divergence, ...] = field(default=(PearsonChi2(), ReverseKL()), init=False)
-    weights: tuple[float, ...] = field(default=(0.5, 1.0), init=False)
-    name: ClassVar[str] = "chi_mix"
-    formula: ClassVar[str] = "½(t−1)² + t ln t − t + 1"
-    direction: ClassVar[str] = "½χ²(π‖p) + KL(π‖p)"
 
 
 FAMILY: tuple[type[Divergence], ...] = (
