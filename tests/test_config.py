@@ -56,7 +56,8 @@ CHOICES = {
             {"name": "function", "path": "a.b:c"},
         )
     ]
-    + [{"reward": {"name": "threshold", "of": "other", "above": 1.5}, "other": "length"}],
+    + [{"reward": {"name": "threshold", "of": "other", "above": 1.5}, "other": "length"}]
+    + [{"reward": {"name": "sum", "of": {"other": 0.5}}, "other": "length"}],
 }
 
 
