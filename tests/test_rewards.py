@@ -1,8 +1,10 @@
 """Scorers: each on small input, and every way in which a user's own function can go wrong."""
 
+import asyncio
 import json
 import math
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from rlhf_fdiv.rewards import (
     Pattern,
     RewardModel,
     Scorers,
+    Sum,
     Threshold,
     check_scorers,
 )
@@ -67,6 +70,27 @@ def answer(prompts, completions, kind, **columns):
 def watched(prompts, completions, **columns):
     given.append((prompts, completions, columns))
     return [float(len(c)) for c in completions]
+
+
+states: list = []
+
+
+def few(completions, completion_ids, trainer_state, film):
+    states.append(trainer_state)
+    return [len(ids) * f for ids, f in zip(completion_ids, film, strict=True)]
+
+
+async def waits(completions, **columns):
+    await asyncio.sleep(30.0 if "sleep" in completions else 0.01)
+    if "raise" in completions:
+        raise RuntimeError("no")
+    if "leave" in completions:
+        raise SystemExit(3)
+    return [len(c) for c in completions]
+
+
+def some(completions, **columns):
+    return [None if c.startswith("none") else float(c) for c in completions]
 
 
 def no_function():
@@ -220,6 +244,51 @@ def test_a_function_gets_prompts_completions_and_extra_columns_by_keyword():
     assert given == [(["p", "q"], ["c", "dd"], {"film": film})]
 
 
+def test_a_function_without_columns_gets_what_it_has_parameters_for_and_a_state_that_is_no_column():
+    states.clear()
+    state = SimpleNamespace(global_step=4)
+    spec = Function(f"{__name__}:few", num_workers=2)
+    scores = score(spec, ["c", "dd", "e"], film=[1, 2, 3], completion_ids=[[5], [6, 7], [8]], trainer_state=state)
+    assert scores.tolist() == [1.0, 4.0, 3.0]
+    assert states == [state, state]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_async_functions_are_awaited_and_what_they_raise_names_the_scorer(workers):
+    spec = Function(f"{__name__}:waits", num_workers=workers, timeout=60.0)
+    assert score(spec, ["c", "dd", "eee"]).tolist() == [1.0, 2.0, 3.0]
+    for text, said in (("raise", "no"), ("leave", r"it called exit\(3\)")):
+        with pytest.raises(UserError, match=f"'it' raised RuntimeError: {said}"):
+            score(spec, [text])
+    with pytest.raises(UserError, match=r"no answer within 0\.1 s"):
+        score(Function(f"{__name__}:waits", timeout=0.1), ["sleep"])
+
+
+def test_a_sum_weights_its_parts_and_leaves_out_what_does_not_apply():
+    specs = {
+        "sum": Sum({"some": 2.0, "length": -0.5, "high": 1.0}),
+        "some": Function(f"{__name__}:some"),
+        "high": Threshold("some", 1.5),
+        "length": Length(),
+        "of_sum": Threshold("sum", 1.0),
+        "lone": Sum({"some": 1.0}),
+    }
+    scorers = Scorers(specs, CPU)
+    scores = scorers(["sum", "some", "high", "of_sum"], ["p"] * 3, ["1", "none a", "2"])
+    assert scores["sum"].tolist() == [2.0 - 0.5 + 0.0, -1.0, 4.0 - 0.5 + 1.0]
+    assert scores["of_sum"].tolist() == [1.0, 0.0, 1.0]
+    assert scores["some"].isnan().tolist() == scores["high"].isnan().tolist() == [False, True, False]
+    with pytest.raises(UserError, match="'lone' does not apply to completion 1, 'none a'"):
+        scorers(["lone"], ["p"] * 3, ["1", "none a", "2"])
+
+
+def test_a_none_and_a_nan_are_two_things():
+    scorers = Scorers({"sum": Sum({"mine": 1.0, "n": 1.0}), "mine": Function(f"{__name__}:answer"), "n": Length()}, CPU)
+    assert scorers(["sum"], ["p", "q"], ["c", "d"], kind="a_nothing")["sum"].tolist() == [2.0, 1.0]
+    with pytest.raises(UserError, match="'mine' gave nan for completion 1"):
+        scorers(["sum"], ["p", "q"], ["c", "d"], kind="nan")
+
+
 @pytest.mark.parametrize("kind", RIGHT)
 def test_a_function_may_give_any_sequence_of_numbers(kind):
     expected = [float(x) for x in RIGHT[kind]]
@@ -325,3 +394,18 @@ def test_check_scorers_names_unknown_ones_of_targets_and_thresholds():
     assert len(found) == 2
     assert all("did you mean 'reward'?" in p for p in found)
     assert check_scorers({"reward": Length(), "t": Threshold("reward")}, ("t",)) == []
+    circle = check_scorers({"s": Sum({"t": 1.0, "gone": 1.0}), "t": Threshold("s"), "u": Threshold("t")}, ())
+    assert [p.split(":")[0] for p in circle] == ["scorers.s.of", "scorers.s.of", "scorers.t.of"]
+    assert "'gone' is not another scorer" in circle[1]
+
+
+@pytest.mark.parametrize("of", [{}, {"reward": "x"}, {"reward": math.inf}, ["reward"]])
+def test_a_sum_is_of_names_and_numbers(of):
+    raw = {
+        "name": "x",
+        "model": "m",
+        "stages": ["evaluate"],
+        "scorers": {"reward": "length", "s": {"name": "sum", "of": of}},
+    }
+    with pytest.raises(UserError, match=r"scorers\.s\.of"):
+        parse(raw | {"model": {"name_or_path": "m"}, "data": {"prompts_eval": "p"}})
