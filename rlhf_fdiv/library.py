@@ -24,19 +24,20 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl.trainer.utils import get_callable_name
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.assets import build_once
 from rlhf_fdiv.config import RunConfig, parse
 from rlhf_fdiv.config.files import merge
-from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import load_tokenizer, merged
 from rlhf_fdiv.rewards import RESERVED
-from rlhf_fdiv.stages.common import execute
+from rlhf_fdiv.stages.common import execute, prepare_process
 from rlhf_fdiv.tracking import RunFolder
 from rlhf_fdiv.weights import from_safetensors
 
-Keep = list[tuple[Path, Callable[[Path], Any]]]  # folders of the run, and what saves into them
+Keep = dict[Path, Callable[[Path], Any]]  # a folder of the run and what saves into it
 
 
 class _Given(SimpleNamespace):
@@ -93,31 +94,29 @@ def align(
     name, a mapping or an f; `peft_config` the keys of `model.lora`; `output_dir` the run's folder. `config` takes any other
     keys of a config file: `policy={"max_steps": 20}`, `objective="regularise"`. Raises UserError as the command line does.
     """
+    prepare_process()
     folder, keep = Path(output_dir).parent / str(config.get("name", Path(output_dir).name)), Keep()
-    scorers = _scorers(reward_funcs, reward_weights, {*config.get("scorers", {})})
-    raw: dict[str, Any] = {
+    scorers = _scorers(reward_funcs, reward_weights, {*(config.get("scorers") or {})})
+    data = {k: rows for k, rows in (("train", train_dataset), ("eval", eval_dataset)) if rows is not None}
+    if isinstance(divergence, divergences.Divergence):
+        divergence = {"name": divergence.name} | {k: getattr(divergence, k) for k in divergences.parameters(divergence)}
+    raw = {
         "name": folder.name,
         "output_dir": str(folder.parent),
         "model": _model(model, processing_class, folder, keep),
-        "data": {"prompts_train": _prompts(train_dataset, "train_dataset", folder, keep)},
+        "data": {f"prompts_{k}": _prompts(rows, f"{k}_dataset", folder, keep) for k, rows in data.items()},
         "scorers": scorers,
         "target": {"name": "tilted", "reward": next(iter(scorers))},
         "policy": {"logged_scorers": list(scorers)[1:]},
         "divergence": divergence,
-        "stages": ["policy"],
+        "stages": ["policy", "evaluate"][: len(data)],
     }
-    if isinstance(divergence, divergences.Divergence):
-        values = {key: getattr(divergence, key) for key in divergences.parameters(divergence)}
-        raw["divergence"] = {"name": divergence.name, **values}
-    if eval_dataset is not None:
-        raw["data"]["prompts_eval"] = _prompts(eval_dataset, "eval_dataset", folder, keep)
-        raw["stages"].append("evaluate")
-    options = {"model": {"lora": peft_config}} if peft_config else {}
-    raw = functools.reduce(merge, (raw, options, config, {} if beta is None else {"target": {"beta": beta}}), {})
-    checked = parse(raw)
+    lora = {"model": {"lora": peft_config}} if peft_config else {}
+    tilt = {"target": {"beta": beta}} if beta is not None else {}
+    checked = parse(functools.reduce(merge, (raw, lora, config, tilt), {}))
     if checked.resume is None:
         RunFolder(checked).require_same_config()
-    for path, save in keep:
+    for path, save in keep.items():
         build_once(path, save)
     return Aligned(execute(checked, checked.stages).path, checked)
 
@@ -136,7 +135,7 @@ def _model(model: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     path = folder / "given" / f"model-{digest.hexdigest()[:16]}"
-    keep.append((path, lambda new: (lm.save_pretrained(new), tokenizer.save_pretrained(new))))
+    keep[path] = lambda new: (lm.save_pretrained(new), tokenizer.save_pretrained(new))
     return {"name_or_path": str(path), "dtype": str(lm.dtype).removeprefix("torch.")}
 
 
@@ -144,54 +143,45 @@ def _prompts(rows: Any, argument: str, folder: Path, keep: Keep) -> str:
     """The config's `data.prompts_…`."""
     if isinstance(rows, str):
         return rows
-    if not isinstance(rows, datasets.Dataset):
-        raise UserError(f"{argument}: must be a datasets.Dataset or the name of one, not {type(rows).__name__}")
-    if "prompt" not in rows.column_names:
-        raise UserError(f"{argument}: no column 'prompt'{did_you_mean('prompt', rows.column_names)}")
+    if not isinstance(rows, datasets.Dataset) or "prompt" not in rows.column_names:
+        found = getattr(rows, "column_names", type(rows).__name__)
+        raise UserError(
+            f"{argument}: must be a datasets.Dataset with a column 'prompt', or the name of one, not {found}"
+        )
     content = io.BytesIO()
     pq.write_table(rows.with_format("arrow")[:].replace_schema_metadata(None), content)
     path = folder / "given" / f"{argument}-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}"
-    keep.append((path, lambda new: (new / "prompts.parquet").write_bytes(content.getvalue())))
+    keep[path] = lambda new: (new / "prompts.parquet").write_bytes(content.getvalue())
     return str(path / "prompts.parquet")
 
 
 def _scorers(functions: Any, weights: list[float] | None, taken: set[str]) -> dict[str, Any]:
     """The config's `scorers`; what is to be maximised comes first, the sum of all where there are several or weights."""
     functions = functions if isinstance(functions, list) else [functions]
-    if not functions:
-        raise UserError("reward_funcs: is empty; give a function with TRL's signature")
-    if weights is not None and len(weights) != len(functions):
-        raise UserError(f"reward_weights: {len(weights)} for {len(functions)} reward_funcs; give one for each")
+    if not functions or len(functions) != len(weights or functions):
+        raise UserError(f"reward_weights: {len(weights or [])} for {len(functions)} reward_funcs; give one for each")
     summed = len(functions) > 1 or weights is not None
     taken, named = taken | RESERVED | ({"reward"} if summed else set()), dict[str, Any]()
+
+    def free(name: str) -> str:
+        word = re.sub(r"\W+", "_", name).strip("_")
+        words = itertools.chain([word], (f"{word}_{i}" for i in itertools.count(2)))
+        return next(x for x in words if x not in taken | named.keys())
+
     for function in functions:
-        if not isinstance(function, str | dict) and (isinstance(function, torch.nn.Module) or not callable(function)):
-            raise UserError(
-                f"reward_funcs: {type(function).__name__} is not a function; a reward model is given by its folder or name"
-            )
-        base = re.sub(r"\W+", "_", _name(function)).strip("_") or "reward_func"
-        names = (f"{base}{end}" for end in itertools.chain([""], (f"_{i}" for i in itertools.count(2))))
-        name = next(n for n in names if n not in taken | named.keys())
         if isinstance(function, dict):
-            named[name] = function
+            named[free(str(function.get("name")))] = function
         elif isinstance(function, str):
-            named[name] = {"name": "reward_model", "path": function}
-        else:
-            setattr(given, name, function)
+            named[free(Path(function).name)] = {"name": "reward_model", "path": function}
+        elif callable(function) and not isinstance(function, torch.nn.Module):
+            setattr(given, name := free(get_callable_name(function)), function)
             named[name] = {"name": "function", "path": _dotted_path(function) or f"{__name__}:given.{name}"}
-    if not summed:
-        return named
-    return {"reward": {"name": "sum", "of": dict(zip(named, weights or [1.0] * len(named), strict=True))}, **named}
-
-
-def _name(function: Any) -> str:
-    if isinstance(function, str):
-        return Path(function).name
-    if isinstance(function, dict):
-        return str(function.get("name"))
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
+        else:
+            raise UserError(
+                f"reward_funcs: {type(function).__name__} is no function; give a reward model by its folder"
+            )
+    total = {"name": "sum", "of": dict(zip(named, weights or [1.0] * len(named), strict=True))}
+    return {"reward": total, **named} if summed else named
 
 
 def _dotted_path(function: Any) -> str | None:

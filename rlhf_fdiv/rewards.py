@@ -5,20 +5,14 @@ Each scorer's fields are its YAML schema. It maps prompts and completions to fin
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import copy
 import functools
 import importlib
-import inspect
 import math
-import multiprocessing
 import operator
 import re
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -28,10 +22,8 @@ from torch import Tensor
 
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
+from rlhf_fdiv.functions import Score, by_keyword, collected, in_threads
 from rlhf_fdiv.ranges import Count, NotNegative, Number, Positive
-
-# (prompts, completions, **columns) → a number for each completion, or a function that waits for them
-Score = Callable[..., Any]
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -167,70 +159,8 @@ class Function:
             raise UserError(f"scorers: cannot load {self.path}: {type(error).__name__}: {error}") from error
         if not callable(found):
             raise UserError(f"scorers: {self.path} is not a function")
-        function = _by_keyword(found)
-        return function if self.num_workers == 1 and self.timeout is None else _in_threads(function, self)
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One for the whole run, in a thread of its own: clients keep to theirs, and a notebook's is busy."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop
-
-
-def _by_keyword(function: Callable[..., Any]) -> Score:
-    """The function with what it has parameters for; an answer that must be awaited is under way when this returns."""
-    known = inspect.signature(function).parameters
-    takes_all = any(x.kind is x.VAR_KEYWORD for x in known.values())
-
-    async def waiting(answer: Any) -> Any:
-        try:
-            return await answer
-        except SystemExit as error:  # which would end the loop, and the run would wait for it for ever
-            raise RuntimeError(f"it called exit({error.code})") from error
-
-    def score(**rows: Any) -> Any:
-        answer = function(**{k: v for k, v in rows.items() if takes_all or k in known})
-        if not inspect.isawaitable(answer):
-            return answer
-        return asyncio.run_coroutine_threadsafe(waiting(answer), _event_loop()).result
-
-    return score
-
-
-def _in_threads(function: Score, spec: Function) -> Score:
-    pool = ThreadPool(spec.num_workers)  # of daemons: the process can end while one of them still waits
-    atexit.register(pool.terminate)  # or its end would be told, with a traceback
-
-    def score(**rows: Any) -> Any:
-        width = math.ceil(len(rows["completions"]) / spec.num_workers)
-
-        def part(start: int) -> list[Any]:
-            mine = {k: v[start : start + width] if isinstance(v, list) else v for k, v in rows.items()}
-            try:
-                values = list(_collected(function(**mine)))
-            except SystemExit as error:  # which would end the thread alone, and the run would wait for it for ever
-                raise RuntimeError(f"it called exit({error.code})") from error
-            if len(values) != len(mine["completions"]):  # two wrong parts might be right together
-                raise ValueError(f"gave {len(values)} numbers for {len(mine['completions'])} completions")
-            return values
-
-        parts = pool.map_async(part, range(0, len(rows["completions"]), width), chunksize=1)
-
-        def collect() -> list[Any]:
-            try:
-                return [value for values in parts.get(spec.timeout) for value in values]
-            except multiprocessing.TimeoutError:
-                raise TimeoutError(f"no answer within {spec.timeout:g} s") from None
-
-        return collect
-
-    return score
-
-
-def _collected(answer: Any) -> Any:
-    return answer() if callable(answer) else answer
+        plain = self.num_workers == 1 and self.timeout is None
+        return by_keyword(found) if plain else in_threads(by_keyword(found), self.num_workers, self.timeout)
 
 
 _KINDS = (RewardModel, NgramRidge, Pattern, Length, Threshold, Sum, Function)
@@ -280,7 +210,7 @@ class Scorers:
             if isinstance(spec, Sum):
                 parts = torch.stack([weight * scores(part) for part, weight in spec.of.items()])
                 return torch.where(parts.isnan().all(0), math.nan, parts.nansum(0))
-            values = _told(name, _collected, answers[name])
+            values = _told(name, collected, answers[name])
             return _checked(name, values, completions, getattr(spec, "clip", None)).to(self.device)
 
         for name in set(names) - optional:

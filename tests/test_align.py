@@ -226,16 +226,16 @@ def test_mistakes_are_told_before_any_model_is_loaded_and_leave_nothing(small, s
         return message
 
     rows = Dataset.from_dict({"prompts": ["a"]})
-    assert "train_dataset: no column 'prompt'; did you mean 'prompts'?" in told(train_dataset=rows)
-    assert "eval_dataset: no column 'prompt'" in told(eval_dataset=rows)
-    assert "train_dataset: must be a datasets.Dataset" in told(train_dataset=[{"prompt": "a"}])
+    assert "train_dataset: must be a datasets.Dataset with a column 'prompt'" in told(train_dataset=rows)
+    assert "not ['prompts']" in told(eval_dataset=rows)
+    assert "not list" in told(train_dataset=[{"prompt": "a"}])
     assert told(polcy={}) == "polcy: unknown key; did you mean 'policy'?"
     assert "policy.max_step: unknown key; did you mean 'max_steps'?" in told(policy={"max_step": 3})
     assert "did you mean 'reverse_kl'?" in told(divergence="reverse_k1")
     assert "reward_weights: 1 for 2 reward_funcs" in told([praise, in_part], reward_weights=[1.0])
-    assert "reward_funcs: is empty" in told([])
-    assert "reward_funcs: float is not a function" in told(3.0)
-    assert "reward model is given by its folder" in told(AutoModelForCausalLM.from_pretrained(start))
+    assert "0 reward_funcs" in told([])
+    assert "reward_funcs: float is no function" in told(3.0)
+    assert "give a reward model by its folder" in told(AutoModelForCausalLM.from_pretrained(start))
     assert "target.beta" in told(beta=-1.0)
     assert "target.beta: unknown key" in told(target={"name": "pointwise", "scorer": "praise"})
     assert "praisee" in told(target={"name": "tilted", "reward": "praisee"})

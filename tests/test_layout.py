@@ -29,6 +29,7 @@ ORDER = (
     "toy",
     "data",
     "reward_models",
+    "functions",
     "rewards",
     "rollout",
     "replay",
