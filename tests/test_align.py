@@ -78,6 +78,7 @@ def test_the_same_settings_give_the_same_weights_as_the_command_line(small, star
     assert (code, said.count("finished before, skipped")) == (0, 2)
 
 
+@pytest.mark.slow
 def test_a_second_call_is_the_same_run_and_another_is_told_what_differs(small, start, tmp_path, capsys):
     lm = AutoModelForCausalLM.from_pretrained(start)
     before = copy.deepcopy(lm.state_dict())
@@ -96,6 +97,7 @@ def test_a_second_call_is_the_same_run_and_another_is_told_what_differs(small, s
     assert sorted(tmp_path.rglob("*")) == files
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_its_checkpoint(small):
     calls = []
 
@@ -180,6 +182,7 @@ class Judge:
         return [self.worth * len(ids) for ids in completion_ids]
 
 
+@pytest.mark.slow
 def test_several_rewards_are_weighted_logged_and_may_leave_completions_out(small, data):
     calls: list = []
     judges = [Judge(calls, 1.0), Judge(calls, 10.0)]
