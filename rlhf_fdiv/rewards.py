@@ -176,23 +176,25 @@ def with_parts(names: Iterable[str], specs: dict[str, Any]) -> list[str]:
 
 
 class Scorers:
-    """The scorers of a run, opened once: `scores(names, prompts, completions)` → name → [B]."""
+    """The scorers of a run, opened once: `scores(names, prompts, completions)` → name → [B]. Those of its `targets` must give
+    a number for every completion."""
 
-    def __init__(self, specs: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, specs: dict[str, Any], device: torch.device, targets: Iterable[str] = ()) -> None:
         self.specs, self.device = specs, device
+        parts = {part for spec in specs.values() if isinstance(spec, Sum) for part in spec.of}
+        self._may_lack = parts - {*targets}
         self.names = list(specs)
         self._open: dict[str, Score] = {}
 
     def __call__(
         self, names: list[str], /, prompts: list[str], completions: list[str], **columns: Any
     ) -> dict[str, Tensor]:
-        """Each scorer's scores [B] in float32, on the device; nan where a part of a `sum` gave None.
+        """Each scorer's scores [B] in float32, on the device; nan where one that is only a part of a `sum` gave None.
 
         Raises UserError for a wrong count, type or nan, and for a None elsewhere.
         """
         rows = {"prompts": prompts, "completions": completions, **columns}
         needed = with_parts(names, self.specs)
-        optional = {part for spec in self.specs.values() if isinstance(spec, Sum) for part in spec.of}
 
         def start(name: str) -> Any:
             if name not in self._open:
@@ -213,7 +215,7 @@ class Scorers:
             values = _told(name, collected, answers[name])
             return _checked(name, values, completions, getattr(spec, "clip", None)).to(self.device)
 
-        for name in set(names) - optional:
+        for name in set(names) - self._may_lack:
             for row in scores(name).isnan().nonzero().flatten().tolist():
                 raise UserError(
                     f"scorer {name!r} does not apply to completion {row}, {completions[row]!r:.200}: None is for the "

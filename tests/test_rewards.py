@@ -278,8 +278,9 @@ def test_a_sum_weights_its_parts_and_leaves_out_what_does_not_apply():
     assert scores["sum"].tolist() == [2.0 - 0.5 + 0.0, -1.0, 4.0 - 0.5 + 1.0]
     assert scores["of_sum"].tolist() == [1.0, 0.0, 1.0]
     assert scores["some"].isnan().tolist() == scores["high"].isnan().tolist() == [False, True, False]
-    with pytest.raises(UserError, match="'lone' does not apply to completion 1, 'none a'"):
-        scorers(["lone"], ["p"] * 3, ["1", "none a", "2"])
+    for name, among in (("lone", scorers), ("some", Scorers(specs, CPU, targets=["some"]))):
+        with pytest.raises(UserError, match=f"'{name}' does not apply to completion 1, 'none a'"):
+            among([name], ["p"] * 3, ["1", "none a", "2"])
 
 
 def test_a_none_and_a_nan_are_two_things():

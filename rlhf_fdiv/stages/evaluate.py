@@ -74,7 +74,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     tokenizer = load_tokenizer(start)
     length = config.training.max_completion_length
     ids = tokenize_prompts(rows, tokenizer, source, context_length(start) - length)
-    scorers = Scorers(resolve_scorers(config, folder), device)
+    scorers = Scorers(resolve_scorers(config, folder), device, config.target.scorers)
     models: dict[str, Any] = {
         "sft": load_causal_lm(start, config.model).to(device),
         "policy": load_causal_lm(str(trained / "model"), config.model).to(device),

@@ -65,7 +65,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     replay = Replay(options.replay_steps, accelerator)
     reference.to(accelerator.device, training.whole())
     sampler = Sampler(config, training, reference, tokenizer, rows, prompt_ids)
-    scorers = Scorers(specs, accelerator.device)
+    scorers = Scorers(specs, accelerator.device, config.target.scorers)
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
 
     target = solve_target(config, sampler, scorers, log_partition)
