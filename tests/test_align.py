@@ -339,7 +339,7 @@ def test_the_dpo_example_takes_the_step_of_prefer(page, pair, data, tmp_path, f)
     prefer = Prefer(beta=0.5)
     chosen, rejected = prefer.reward(f, log_pi, log_a.detach()).chunk(2)
     loss = prefer.loss(chosen - rejected, torch.ones(len(rows))).mean()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss), rel=1e-3)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
     check_step(trainer, loss, before)
 
 
