@@ -213,13 +213,13 @@ def test_several_rewards_are_weighted_logged_and_may_leave_completions_out(small
         )
 
 
-def test_a_completion_that_no_reward_applies_to_is_an_error(small):
+def test_a_completion_that_no_reward_applies_to_is_an_error(small, tmp_path):
     def other(completions, **columns):
         return [None if i == 3 else 1.0 for i in range(len(completions))]
 
     found = tiny.problems(small, [in_part, other])
     assert "'reward' does not apply to completion 3" in found[0]
-    found = tiny.problems(functools.partial(small, output_dir="unused"), in_part)
+    found = tiny.problems(functools.partial(small, output_dir=tmp_path / "other"), in_part)
     assert "'in_part' does not apply to completion 1" in found[0]
 
 
