@@ -201,7 +201,7 @@ class Scorers:
                 self._open[name] = self.specs[name].open(self.device)
             return self._open[name](**{k: copy.copy(v) for k, v in rows.items()})  # what it changes is its own
 
-        answers = {n: _told(n, start, n) for n in needed if not hasattr(self.specs[n], "parts")}
+        started = {n: _told(n, start, n) for n in needed if not hasattr(self.specs[n], "parts")}
 
         @functools.cache  # what is made of the same scorer shares its scores
         def scores(name: str) -> Tensor:
@@ -212,7 +212,7 @@ class Scorers:
             if isinstance(spec, Sum):
                 parts = torch.stack([weight * scores(part) for part, weight in spec.of.items()])
                 return torch.where(parts.isnan().all(0), math.nan, parts.nansum(0))
-            values = _told(name, collected, answers[name])
+            values = _told(name, collected, started[name])
             return _checked(name, values, completions, getattr(spec, "clip", None)).to(self.device)
 
         for name in set(names) - self._may_lack:
