@@ -213,13 +213,13 @@ def test_several_rewards_are_weighted_logged_and_may_leave_completions_out(small
         )
 
 
-def test_a_completion_that_no_reward_applies_to_is_an_error(small):
+def test_a_completion_that_no_reward_applies_to_is_an_error(small, tmp_path):
     def other(completions, **columns):
         return [None if i == 3 else 1.0 for i in range(len(completions))]
 
     found = tiny.problems(small, [in_part, other])
     assert "'reward' does not apply to completion 3" in found[0]
-    found = tiny.problems(functools.partial(small, output_dir="unused"), in_part)
+    found = tiny.problems(functools.partial(small, output_dir=tmp_path / "other"), in_part)
     assert "'in_part' does not apply to completion 1" in found[0]
 
 
@@ -339,7 +339,7 @@ def test_the_dpo_example_takes_the_step_of_prefer(page, pair, data, tmp_path, f)
     prefer = Prefer(beta=0.5)
     chosen, rejected = prefer.reward(f, log_pi, log_a.detach()).chunk(2)
     loss = prefer.loss(chosen - rejected, torch.ones(len(rows))).mean()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss), rel=1e-3)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
     check_step(trainer, loss, before)
 
 
