@@ -167,7 +167,7 @@ def commands(kind, text):
 
 def _plain(line):
     """Without what a page puts around words: [optional], what goes on …, and the names that a reader fills in."""
-    line = re.sub(r"\[(?=[a-z-])|(?<=[\w…])\](?= |$)", "", line).replace("a.b=value", "").replace("…", "")
+    line = re.sub(r"(?<!\S)\[([^\]]*)\](?!\S)", r"\1", line).replace("a.b=value", "").replace("…", "")
     return re.sub(r"\b[A-Z_]{1,}\b(?![=_])", lambda m: FILLED_IN.get(m[0], m[0]), line)
 
 
