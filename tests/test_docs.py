@@ -162,7 +162,9 @@ def commands(kind, text):
             for one in re.split(r" \| | && ", line):
                 yield shlex.split(_plain(one), comments=True)
         elif kind == "shell":
-            assert not line or not line.isascii(), f"{line!r} is neither a command of {PROGRAMS} nor a formula"
+            assert line.startswith("#") or not line or not line.isascii(), (
+                f"{line!r} is neither a command of {PROGRAMS} nor a formula"
+            )
 
 
 def _plain(line):
