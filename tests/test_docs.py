@@ -162,12 +162,14 @@ def commands(kind, text):
             for one in re.split(r" \| | && ", line):
                 yield shlex.split(_plain(one), comments=True)
         elif kind == "shell":
-            assert not line or not line.isascii(), f"{line!r} is neither a command of {PROGRAMS} nor a formula"
+            assert line.startswith("#") or not line or not line.isascii(), (
+                f"{line!r} is neither a command of {PROGRAMS} nor a formula"
+            )
 
 
 def _plain(line):
     """Without what a page puts around words: [optional], what goes on …, and the names that a reader fills in."""
-    line = re.sub(r"\[(?=[a-z-])|(?<=[\w…])\](?= |$)", "", line).replace("a.b=value", "").replace("…", "")
+    line = re.sub(r"(?<!\S)\[([^\]]*)\](?!\S)", r"\1", line).replace("a.b=value", "").replace("…", "")
     return re.sub(r"\b[A-Z_]{1,}\b(?![=_])", lambda m: FILLED_IN.get(m[0], m[0]), line)
 
 
