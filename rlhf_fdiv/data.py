@@ -46,27 +46,24 @@ def read_rows(source: str, needs: dict[str, type], limit: int | None = None) -> 
     rows: Rows = []
     problems: list[str] = []
     for number, row in enumerate(_raw_rows(source), 1):
-        found = [*_row_problems(row, needs)]
-        if (
-            "prompt" in needs
-            and rows
-            and not (found or problems)
-            and is_chat([row["prompt"]]) != is_chat([rows[0]["prompt"]])
-        ):
-            found = ["its prompt is text and those before are messages, or the reverse; a file holds one kind"]
-        problems += [f"{source}, row {number}: {p}" for p in found]
+        problems += [f"{source}, row {number}: {p}" for p in _row_problems(row, needs)]
         if len(problems) >= 5:
             raise UserError(*problems[:5], f"{source}: stopped after five problems")
-        rows.append(
-            row if found else {k: v[0]["content"] if k in needs and _is_answer(k, v) else v for k, v in row.items()}
-        )
+        rows.append(row)
         if len(rows) == limit:
             break
     if problems:
         raise UserError(*problems)
     if not rows:
         raise UserError(f"{source}: no rows; a split must have at least one")
-    return rows
+    kinds = [is_chat([row["prompt"]]) for row in rows] if "prompt" in needs else [False]
+    if (other := not kinds[0]) in kinds:
+        raise UserError(
+            f"{source}, row {kinds.index(other) + 1}: its prompt is {'messages' if other else 'text'} and those before are "
+            "not; a file holds one kind"
+        )
+    texts = needs.keys() - {"prompt"}
+    return [{k: v[0]["content"] if k in texts and isinstance(v, list) else v for k, v in row.items()} for row in rows]
 
 
 def _raw_rows(source: str) -> Iterable[Any]:
@@ -192,10 +189,6 @@ def _message_problems(messages: list[Any], is_prompt: bool) -> Iterator[str]:
             yield f"{where}: a prompt ends with what is to be answered, not with the assistant's answer"
     if not messages:
         yield " is empty"
-
-
-def _is_answer(key: str, value: Any) -> bool:
-    return key != "prompt" and isinstance(value, list)
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.activations import NewGELUActivation
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rlhf_fdiv.chat import end_of_turn, is_special, stop_ids
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.model_options import ModelOptions
 from rlhf_fdiv.sequences import Sequences, chunked_log_probs, pad_to_longest, token_log_probs, wide
-from rlhf_fdiv.weights import from_safetensors, readable
-
-NO_MODEL = "no model there that can be read, neither a folder nor a hub name"
+from rlhf_fdiv.weights import NO_MODEL, base_of, context_length, from_safetensors, readable
 
 
 def load_tokenizer(name_or_path: str) -> Any:
@@ -46,48 +43,6 @@ def load_tokenizer(name_or_path: str) -> Any:
     stops = [tokenizer.eos_token_id, *(i for i in others if is_special(i, tokenizer))]
     tokenizer.stop_ids = list(dict.fromkeys(stops))
     return tokenizer
-
-
-def base_of(path: str) -> str:
-    """The model folder under any adapters; `path` itself where it is no adapter."""
-    adapter = Path(path) / "adapter_config.json"
-    if not adapter.is_file():
-        return path
-    return base_of(resolve_model(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]))
-
-
-def context_length(name_or_path: str) -> int:
-    """How many tokens a model can read, from its config alone."""
-    with readable(name_or_path, NO_MODEL):
-        config = AutoConfig.from_pretrained(base_of(resolve_model(name_or_path)))
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        problem = "is an encoder–decoder"
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        problem = "is a masked LM: it reads both ways and predicts no next token"
-    elif config.get_text_config() is not config:
-        problem = "reads more than text; save its language model alone"
-    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        problem = "is no language model that transformers knows"
-    else:
-        problem = ""
-    if problem:
-        raise UserError(f"model {name_or_path}: {kind} {problem}; only decoder-only (causal) models are supported")
-    return int(getattr(config, "max_position_embeddings", None) or 10**9)
-
-
-def require_own_tokenizer(name_or_path: str, tokenizer: Any) -> None:
-    """Raises UserError where ids of a tokenizer have no row among the model's embeddings. Those of tokens that were added to
-    it and that no text needs may lie beyond: in Gemma 3 one does."""
-    rows = AutoConfig.from_pretrained(base_of(resolve_model(name_or_path))).get_text_config().vocab_size
-    needed = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token}
-    added = tokenizer.get_added_vocab().keys() - needed
-    token, last = max(((t, i) for t, i in tokenizer.get_vocab().items() if t not in added), key=lambda pair: pair[1])
-    if last >= rows:
-        raise UserError(
-            f"model {name_or_path}: its tokenizer gives {token!r} the id {last}, and its embeddings have {rows} rows. Take "
-            "the tokenizer that belongs to it, or resize_token_embeddings"
-        )
 
 
 def teacher_context(name_or_path: str, student: str) -> int:

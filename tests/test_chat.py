@@ -300,7 +300,7 @@ ANSWER = {"role": "assistant", "content": "b"}
         ({"completion": [USER]}, "field 'completion' must be text or one message of the assistant"),
         ({"completion": [USER, ANSWER]}, "field 'completion' must be text or one message of the assistant"),
         ({"completion": []}, "field 'completion' is empty"),
-        ({"prompt": "a"}, "its prompt is text and those before are messages, or the reverse; a file holds one kind"),
+        ({"prompt": "a"}, "its prompt is text and those before are not; a file holds one kind"),
     ],
 )  # fmt: skip
 def test_a_wrong_message_is_told_by_row(tmp_path, row, said):

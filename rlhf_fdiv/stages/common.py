@@ -37,10 +37,11 @@ from rlhf_fdiv.data import (
 )
 from rlhf_fdiv.errors import UserError, did_you_mean, one_line
 from rlhf_fdiv.hub import check_push, push
-from rlhf_fdiv.models import context_length, load_tokenizer, require_own_tokenizer, teacher_context
+from rlhf_fdiv.models import load_tokenizer, teacher_context
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, with_parts
 from rlhf_fdiv.stages.stopping import noticed
 from rlhf_fdiv.tracking import RunFolder, is_finished
+from rlhf_fdiv.weights import context_length, require_own_tokenizer
 
 
 def run_stage(name: str) -> None:
