@@ -11,7 +11,6 @@ import pandas as pd
 
 from rlhf_fdiv.comparison import SETTING, summaries
 
-HEIGHT = 260
 BELOW = alt.Legend(orient="bottom", columns=3, symbolOpacity=1)
 
 
@@ -36,22 +35,19 @@ def over_optimisation(curves: pd.DataFrame, proxy: str, gold: str) -> pd.DataFra
     return means.melt(["divergence", "step", "x"], [proxy, gold], "kind", "y")
 
 
-def lines(data: pd.DataFrame, fs: list[str], x: str, y: str, baselines: pd.DataFrame | None = None) -> alt.LayerChart:
+def lines(data: pd.DataFrame, fs: list[str], x: str, y: str, baselines: pd.DataFrame | None = None) -> Any:
     """A curve for each f through its `x` and `y`, dashed by `kind`, with intervals from `_low` to `_high`, where `data` has
     them; baselines (x, y, kind) in grey. A click in the legend leaves one f, shift adds another."""
     chosen = alt.selection_point("chosen", fields=["divergence"], bind="legend")
     colour = alt.Color("divergence:N", title=None, scale=alt.Scale(domain=fs, scheme="tableau10"), legend=BELOW)
-    across, up = (
-        alt.X("x:Q", title=x, scale=alt.Scale(zero=False)),
-        alt.Y("y:Q", title=y, scale=alt.Scale(zero=False)),
-    )
+    across = alt.X("x:Q", title=x, scale=alt.Scale(zero=False))
+    up = alt.Y("y:Q", title=y, scale=alt.Scale(zero=False))
     dash = {"strokeDash": alt.StrokeDash("kind:N", title=None, sort=None, legend=BELOW)}
     tips: list[Any] = [c for c in ("divergence", "rest", "kind") if c in data]
     tips += [alt.Tooltip("x:Q", title=x, format=".3g"), alt.Tooltip("y:Q", title=y, format=".3g")]
     base = alt.Chart(data).encode(color=colour).transform_filter(chosen)
-    curve = base.mark_line(strokeWidth=1.5).encode(
-        x=across, y=up, order="step:Q" if "step" in data else "x:Q", **dash if "kind" in data else {}
-    )
+    order, dashed = "step:Q" if "step" in data else "x:Q", dash if "kind" in data else {}
+    curve = base.mark_line(strokeWidth=1.5).encode(x=across, y=up, order=order, **dashed)
     layers = [curve.add_params(chosen), base.mark_circle(size=20, opacity=1).encode(x=across, y=up, tooltip=tips)]
     if "x_low" in data:
         layers.append(base.mark_rule(opacity=0.5).encode(y=up, x=alt.X("x_low:Q", title=x), x2="x_high"))
@@ -59,10 +55,10 @@ def lines(data: pd.DataFrame, fs: list[str], x: str, y: str, baselines: pd.DataF
         layers.append(base.mark_rule(opacity=0.5).encode(x=across, y=alt.Y("y_low:Q", title=y), y2="y_high"))
     if baselines is not None and len(baselines):
         layers.insert(0, alt.Chart(baselines).mark_line(color="#666666").encode(x=across, y=up, order="x:Q", **dash))
-    return _finish(alt.layer(*layers))
+    return alt.layer(*layers).properties(width="container", height=260)
 
 
-def heat_map(cross: pd.DataFrame, fs: list[str]) -> alt.LayerChart:
+def heat_map(cross: pd.DataFrame, fs: list[str]) -> Any:
     """Trained f by measured f; the colour is relative within a measured f, from its best (dark) to its worst."""
     low, high = (cross.groupby("measured")["value"].transform(how) for how in ("min", "max"))
     rank = (cross["value"] - low) / (high - low).replace(0, 1)
@@ -76,12 +72,8 @@ def heat_map(cross: pd.DataFrame, fs: list[str]) -> alt.LayerChart:
     colour = alt.Color("rank:Q", scale=alt.Scale(scheme="blues", reverse=True, domain=[-0.3, 1.3]), legend=None)
     ink = alt.condition("datum.rank < 0.45", alt.value("white"), alt.value("black"))
     numbers = base.mark_text(fontSize=10).encode(text=alt.Text("value:Q", format=".3g"), color=ink)
-    return _finish(alt.layer(base.mark_rect().encode(color=colour), numbers), 28 * cross["divergence"].nunique())
-
-
-def _finish(chart: Any, height: int = HEIGHT) -> alt.LayerChart:
-    sized: alt.LayerChart = chart.properties(width="container", height=height)
-    return sized
+    height = 28 * cross["divergence"].nunique()
+    return alt.layer(base.mark_rect().encode(color=colour), numbers).properties(width="container", height=height)
 
 
 def for_paper(charts: dict[str, alt.LayerChart], columns: int = 3) -> Any:
