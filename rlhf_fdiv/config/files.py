@@ -122,7 +122,8 @@ def _spelled_out(value: Any, at: tuple[str, ...]) -> Any:
     """A model or a choice that is given by its name alone, as a mapping."""
     if isinstance(value, str) and at == ("model",):
         return {"name_or_path": value}
-    if isinstance(value, str | dict) and ((at[-1] in CHOICES and len(at) < 3) or at[:-1] == ("scorers",)):
+    is_choice = at[:-1] == ("scorers",) or (at[-1] in CHOICES and at[:-1] in ((), ("sft",), ("reward",)))
+    if is_choice and isinstance(value, str | dict):
         return named(value, ".".join(map(str, at)))
     return value
 

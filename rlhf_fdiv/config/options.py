@@ -192,8 +192,7 @@ class RunConfig:
     @property
     def training(self) -> PolicyOptions | PreferOptions | DistilOptions:
         """The section of the stage that trains for this objective."""
-        section: PolicyOptions | PreferOptions | DistilOptions = getattr(self, self.objective.stage)
-        return section
+        return getattr(self, self.objective.stage)
 
     @property
     def folder(self) -> Path:
@@ -202,7 +201,5 @@ class RunConfig:
     @property
     def beta(self) -> float:
         """The β of the reported objective E[r] − β·KL: the target's, where the trained objective has no reward of its own."""
-        betas = [getattr(part, "beta", None) for part in (self.objective, self.target)]
-        if self.objective.stage != "policy" and betas[1] is not None:
-            betas.reverse()
-        return next((float(b) for b in betas if b is not None), 1.0)
+        parts = (self.objective, self.target) if self.objective.stage == "policy" else (self.target, self.objective)
+        return next((float(part.beta) for part in parts if hasattr(part, "beta")), 1.0)
