@@ -182,6 +182,10 @@ class _Appending(DynamicLayer):
         self.values = self._append("values", value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.buffers.clear()  # of more rows than are left: those of all layers would lie beside what was selected
+
     def _append(self, which: str, new: Tensor) -> Tensor:
         old, buffer = getattr(self, which), self.buffers.get(which)
         if not old.numel():
