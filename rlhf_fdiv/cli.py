@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,9 +39,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value overrides
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
 
 
-def _run(
-    first: str | None, option: Path | None, overrides: list[str] | None, print_config: bool, stages: list[str] | None
-) -> None:
+def _load(first: str | None, option: Path | None, overrides: list[str] | None, stages: list[str] | None = None) -> Any:
     from rlhf_fdiv import config as configs
     from rlhf_fdiv.errors import UserError
 
@@ -52,7 +50,15 @@ def _run(
         option = Path(words.pop(0))
     if stages:
         words.append(f"stages=[{stages[0]}]")
-    config = configs.load(option, words)
+    return configs.load(option, words)
+
+
+def _run(
+    first: str | None, option: Path | None, overrides: list[str] | None, print_config: bool, stages: list[str] | None
+) -> None:
+    from rlhf_fdiv import config as configs
+
+    config = _load(first, option, overrides, stages)
     if print_config:
         typer.echo(configs.dump(config), nl=False)
         return
@@ -107,6 +113,30 @@ def evaluate(
     """Before and after, on held-out prompts."""
     tasks = [f"evaluate.lm_eval=[{lm_eval}]"] if lm_eval else []
     _run(config, config_option, [*(overrides or []), *tasks], print_config, ["evaluate"])
+
+
+@app.command()
+def plan(
+    config: ConfigArgument = None,
+    overrides: Overrides = None,
+    config_option: ConfigOption = None,
+    devices: Annotated[int, typer.Option(help="How many there are.", min=1)] = 8,
+    memory: Annotated[float, typer.Option(help="GiB of each.", min=0)] = 80.0,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=2)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Only the rows, as a JSON list, in GiB.")] = False,
+) -> None:
+    """The memory of training, per device and strategy, from configs alone: no weight is loaded, no step taken."""
+    import json
+
+    from rich.console import Console
+
+    from rlhf_fdiv import plan as planning
+
+    rows = planning.plan(_load(config, config_option, overrides), devices, memory, prompt_length)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        Console(width=120).print(*planning.tables(rows, devices, memory))
 
 
 @app.command()

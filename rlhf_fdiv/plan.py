@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 import weakref
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.table import Column, Table
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -32,6 +34,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.config.files import find_config
+from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.models import Policy, Reference, adapted, base_of, under_adapter, with_reference
 from rlhf_fdiv.reward_models import is_reward_folder
@@ -314,11 +317,13 @@ def held(use: Use, strategy: str, devices: int, moments: int = 2, whole_copy: bo
     return {**stays, "gradients": gradients + buckets, "sampling": use.sampling, "update": update, "peak": peak}
 
 
-def plan(config: RunConfig, devices: int = 8, prompt_length: int = 64) -> list[dict[str, Any]]:
-    """A row for each of the stages sft, policy and prefer that the config has, each way to train it, all weights or the
-    config's adapter, and each strategy: bytes a device."""
-    rows = []
-    for stage in (stage for stage in config.stages if stage in ("sft", "policy", "prefer")):
+def plan(config: RunConfig, devices: int, memory: float, prompt_length: int) -> list[dict[str, Any]]:
+    """GiB a device, and whether they fit `memory`: a row for each of the stages sft, policy and prefer that the config has,
+    each way to train it, all weights or the config's adapter, and each strategy. Raises UserError where it has none."""
+    rows, stages = [], [stage for stage in config.stages if stage in ("sft", "policy", "prefer")]
+    if not stages:
+        raise UserError("stages: sft, policy and prefer are planned, and this config has none of them")
+    for stage in stages:
         moments = 0 if getattr(getattr(config, stage), "optim", "") == "sgd" else 2
         for lora in [None] if stage == "sft" or config.model.lora is None else [None, config.model.lora]:
             tuned, uses = replace(config, model=replace(config.model, lora=lora)), dict[Any, Use]()
@@ -329,7 +334,21 @@ def plan(config: RunConfig, devices: int = 8, prompt_length: int = 64) -> list[d
                 if key not in uses:
                     uses[key] = measure(tuned, stage, *key)
                 found = held(uses[key], strategy, number, moments, whole_copy=stage != "sft")
-                rows.append(
-                    {"stage": stage, "trains": "LoRA" if lora else "all weights", "strategy": strategy, **found}
-                )
-    return rows
+                row = {"stage": stage, "trains": "LoRA" if lora else "all weights", "strategy": strategy}
+                rows.append(row | {k: round(v / 2**30, 3) for k, v in found.items()})
+    return [row | {"fits": row["peak"] <= memory} for row in rows]
+
+
+def tables(rows: list[dict[str, Any]], devices: int, memory: float) -> Iterator[Any]:
+    """A table for each stage and way to train, and below it the first of its strategies that fits."""
+    for (stage, trains), group in itertools.groupby(rows, lambda row: (row["stage"], row["trains"])):
+        found = list(group)
+        numbers = [k for k, v in found[0].items() if isinstance(v, float)]
+        title = f"{stage}, {trains}: GiB a device, {devices} of {memory:g} GiB"
+        table = Table("", *(Column(k, justify="right") for k in numbers), "fits", title=title)
+        for row in found:
+            table.add_row(row["strategy"], *(f"{row[k]:.2f}" for k in numbers), "yes" if row["fits"] else "")
+        yield table
+        fitting = [row["strategy"] for row in found[devices > 1 :] if row["fits"]]
+        lower = "nothing fits: lower per_device_train_batch_size or set logprob_chunk, model.lora or model.dtype=bfloat16"
+        yield f"take {fitting[0]}" if fitting else lower

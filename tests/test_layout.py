@@ -46,6 +46,7 @@ ORDER = (
     "grid",
     "board",
     "stages",
+    "plan",
     "ablation",
     "verify",
     "cli",

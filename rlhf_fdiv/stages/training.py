@@ -142,7 +142,8 @@ class Training:
         micro_batches = rows.split(self.options.per_device_train_batch_size)
         for micro in micro_batches:
             last = self.accelerator.sync_gradients = micro is micro_batches[-1]  # DeepSpeed's backward steps then
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy), self._enough_memory():
+            now = last or self._copy is not None  # FSDP2 would hold whole gradients until the last
+            with contextlib.nullcontext() if now else self.accelerator.no_sync(self.policy), self._enough_memory():
                 loss = loss_of(micro).sum() / len(rows)
                 self.require_finite(loss, "loss")
                 self.accelerator.backward(loss)
