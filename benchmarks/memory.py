@@ -47,7 +47,7 @@ def llama(vocab: int, width: int = 256, layers: int = 8) -> Any:
 
 MODELS = {
     "gpt2-8k": gpt2(8192), "gpt2-50k": gpt2(50257), "llama-8k": llama(8192), "llama-50k": llama(50257),
-    "llama-8k-wide": llama(8192, 768, 12),
+    "llama-8k-wide": llama(8192, 512, 12),
 }  # fmt: skip
 LORA, FEW = (
     "model.lora={r: 16}",
@@ -68,11 +68,13 @@ CASES = {
     "prefer": Case("llama-8k", stage="prefer"),
     "sft": Case("llama-8k", stage="sft"),
     "sft, no checkpointing": Case("llama-8k", ("sft.training_args={gradient_checkpointing: false}",), "sft"),
-    "DDP": Case("llama-8k-wide", launch="ddp"),
-    "FSDP2": Case("llama-8k-wide", launch="fsdp2"),
-    "FSDP2, micro-batches": Case("llama-8k-wide", ("policy.per_device_train_batch_size=8",), launch="fsdp2"),
-    "FSDP2, checkpointing": Case("llama-8k-wide", launch="fsdp2-ac"),
-    "FSDP2, LoRA": Case("llama-8k-wide", (LORA,), launch="fsdp2"),
+    "DDP": Case("llama-8k", launch="ddp"),
+    "DDP, wide, few texts": Case("llama-8k-wide", FEW, launch="ddp"),
+    "FSDP2, wide, few texts": Case("llama-8k-wide", FEW, launch="fsdp2"),
+    "FSDP2": Case("llama-8k", launch="fsdp2"),
+    "FSDP2, micro-batches": Case("llama-8k", ("policy.per_device_train_batch_size=8",), launch="fsdp2"),
+    "FSDP2, checkpointing": Case("llama-8k", launch="fsdp2-ac"),
+    "FSDP2, LoRA": Case("llama-8k", (LORA,), launch="fsdp2"),
 }
 
 
@@ -171,12 +173,13 @@ def measured(folder: Path, name: str) -> float:
 
 def planned(folder: Path, case: Case) -> float:
     """MB."""
-    from rlhf_fdiv.plan import plan
+    from rlhf_fdiv.footprint import Work, measure
+    from rlhf_fdiv.plan import held
 
-    config = config_of(folder, case)
-    trains, strategy = "LoRA" if config.model.lora else "all weights", STRATEGY[case.launch]
-    rows = plan(config, 1 if case.launch == "one" else 2, 80, PROMPT)
-    return next(1024 * r["peak"] for r in rows if (r["trains"], r["strategy"]) == (trains, strategy))
+    config, strategy, processes = config_of(folder, case), STRATEGY[case.launch], 1 if case.launch == "one" else 2
+    work = Work.of(config, case.stage, processes, PROMPT)
+    use = measure(config, case.stage, work, not strategy.startswith("FSDP2"), strategy.endswith("checkpointing"))
+    return held(use, strategy, processes, whole_copy=case.stage != "sft")["peak"] / 2**20
 
 
 def main() -> None:
