@@ -136,7 +136,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        Console(width=120).print(*planning.tables(rows, devices, memory))
+        Console(width=130).print(*planning.tables(rows, devices, memory))
 
 
 @app.command()

@@ -162,7 +162,7 @@ def reward_weights(config: RunConfig) -> int:
                 "backbone": spec.path or config.model.name_or_path,
                 "dtype": "float32",
                 "layers": [1],
-            }  # classifierifier
+            }  # a classifier
             if spec.path and is_reward_folder(spec.path):
                 made = json.loads((Path(spec.path) / "reward_config.json").read_text(encoding="utf-8"))
             elif not spec.path and config.reward.method == "head":

@@ -85,7 +85,7 @@ def tables(rows: list[dict[str, Any]], devices: int, memory: float) -> Iterator[
         found = list(group)
         numbers = [k for k, v in found[0].items() if isinstance(v, float)]
         title = f"{stage}, {trains}: GiB a device, {devices} of {memory:g} GiB"
-        table = Table("", *(Column(k, justify="right") for k in numbers), "fits", title=title)
+        table = Table(Column(no_wrap=True), *(Column(k, justify="right") for k in numbers), "fits", title=title)
         for row in found:
             table.add_row(row["strategy"], *(f"{row[k]:.2f}" for k in numbers), "yes" if row["fits"] else "")
         yield table
