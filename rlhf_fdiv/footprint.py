@@ -140,11 +140,13 @@ def make(config: RunConfig, stage: str, depth: float = 1.0) -> tuple[Policy, Ref
         lm = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype), **eager)
         lm = adapted(lm.eval())
         if stage == "sft":
-            add_fused_lm_head(lm.train(), outputs=("log_probs", "entropy", "is_top1"))
+            add_fused_lm_head(lm, outputs=("log_probs", "entropy", "is_top1"))
             if options.training_args.get("gradient_checkpointing", True):
                 lm.gradient_checkpointing_enable()
         head = stage == "policy" and config.estimator.value_head
-        return with_reference(lm, config.model, head, getattr(options, "logprob_chunk", 0))
+        pair = with_reference(lm, config.model, head, getattr(options, "logprob_chunk", 0))
+        pair[0].train(stage == "sft")  # TRL's way, and without it no checkpointing
+        return pair
 
 
 def size(module: nn.Module, trained: bool = False) -> int:
