@@ -29,8 +29,7 @@ from rlhf_fdiv import divergences, targets, toy
 from rlhf_fdiv.config.options import PolicyOptions
 from rlhf_fdiv.divergences import Divergence, exact, label
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.estimators import GRPO, PPO, RLOO, Reinforce
-from rlhf_fdiv.estimators.loss import Advantages
+from rlhf_fdiv.estimators import GRPO, PPO, RLOO, Advantages, Reinforce
 from rlhf_fdiv.models import Policy, Reference
 from rlhf_fdiv.objectives import Match, Regularise, chain_rule_factor
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
