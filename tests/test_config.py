@@ -449,7 +449,7 @@ WRONG_VALUE = [
     ("reward.max_pairs", 0), ("reward.max_length", 0), ("policy.learning_rate", float("inf")),
     ("policy.max_steps", 0), ("policy.num_prompts", 0), ("policy.num_generations", 0),
     ("policy.max_completion_length", 0), ("policy.per_device_train_batch_size", 0), ("policy.warmup_steps", -1),
-    ("policy.max_grad_norm", -1), ("policy.save_steps", 0), ("policy.save_total_limit", 0),
+    ("policy.max_grad_norm", -1), ("policy.warmup_steps", 1), ("policy.save_steps", 0), ("policy.save_total_limit", 0),
     ("policy.warm_start_generations", -1), ("policy.weight_decay", -1), ("evaluate.num_prompts", 0),
     ("evaluate.num_generations", 0), ("evaluate.batch_size", 0), ("evaluate.samples", -1),
     ("evaluate.perplexity_rows", -1), ("evaluate.lm_eval_limit", 0),

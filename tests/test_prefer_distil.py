@@ -349,6 +349,7 @@ def test_the_loss_starts_at_ln_2_and_falls_as_the_pairs_are_learnt(prefer, model
     assert [row["step"] for row in rows] == [*range(1, 16)]
     assert rows[0]["loss"] == round(LN2, 6)
     assert rows[0]["margin"] == 0, "π = a before the first update"
+    assert rows[0]["accuracy"] == 0.5, "of no difference neither side is right"
     assert rows[-1]["loss"] < 0.3
     assert rows[-1]["accuracy"] == 1
     assert rows[-1]["margin"] > 1

@@ -401,6 +401,17 @@ def test_rloo_matches_a_tilted_target_under_every_divergence(policy, name, start
 
 
 @pytest.mark.slow
+def test_a_warmup_below_1_is_a_share_of_the_steps(policy):
+    runs = (
+        policy("policy.max_steps=4", "policy.lr_scheduler_type=linear", f"policy.warmup_steps={x}", f"name=w{x}")
+        for x in (0.3, 2, 1)
+    )
+    share, two, one = (weights(out / "model") for out in runs)
+    assert away(share, two) == 0
+    assert away(share, one) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "js", "tv", "pearson_chi2", "jeffreys"])
 def test_regularise_runs_under_any_divergence(policy, name):
     out = policy(f"divergence={name}", "objective=regularise", "policy.max_steps=2")

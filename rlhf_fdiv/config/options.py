@@ -77,11 +77,15 @@ class TrainingOptions:
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
     learning_rate: Positive = 1e-5
     lr_scheduler_type: Scheduler = "constant"
-    warmup_steps: CountOrZero = 0
+    warmup_steps: NotNegative = 0.0  # a share of them below 1
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     save_steps: Count = 50
     save_total_limit: Count = 2
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError("warmup_steps: a constant schedule has none; set lr_scheduler_type: constant_with_warmup")
 
 
 @dataclass(frozen=True)

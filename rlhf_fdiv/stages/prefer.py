@@ -20,7 +20,7 @@ from rlhf_fdiv.models import context_length, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import soft_labels
 from rlhf_fdiv.sequences import Sequences, pad, sequence_sum
 from rlhf_fdiv.stages.common import run_stage, starting_model
-from rlhf_fdiv.stages.reward import agreement
+from rlhf_fdiv.stages.reward import agreement, rightness
 from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.tracking import RunFolder, write_atomically
 
@@ -65,7 +65,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
             chosen = [numbers[i] for i in batch.tolist()]
             margin = margins(collate(pairs, chosen, accelerator.device))
             figures["margin"].append(margin.detach())
-            figures["accuracy"].append(((margin.detach() > 0) == (labels[chosen] >= 0.5)).double())
+            figures["accuracy"].append(rightness(margin.detach(), labels[chosen]))
             return objective.loss(margin, labels[chosen])
 
         lengths = torch.tensor([max(map(len, pairs[i][1:])) for i in numbers])

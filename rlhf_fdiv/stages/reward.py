@@ -124,10 +124,15 @@ def accuracy(model: Any, rows: Rows, batch_size: int) -> dict[str, float]:
     return agreement(torch.tensor(scores[0]) - torch.tensor(scores[1]), rows)
 
 
+def rightness(margin: Tensor, shares: Tensor) -> Tensor:
+    """1 where a margin, chosen over rejected, is on the side of most raters, ½ where it is 0; [N]."""
+    return torch.heaviside(torch.where(shares >= 0.5, margin, -margin), margin.new_tensor(0.5))
+
+
 def agreement(margin: Tensor, rows: Rows) -> dict[str, float]:
     """The share of pairs whose margin, chosen over rejected, [N], is on the side of most raters: of all, and of those more
     than 1 apart."""
-    right = ((margin > 0) == (rater_shares(rows).to(margin) >= 0.5)).float()
+    right = rightness(margin, rater_shares(rows).to(margin))
     report = {"accuracy": float(right.mean()), "pairs": float(len(rows))}
     apart = torch.tensor([abs(float(row.get("margin") or 0)) > 1 for row in rows])
     if apart.any():

@@ -111,7 +111,8 @@ class Training:
             optimizer = torch.optim.SGD(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
         else:
             optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
-        scheduler = get_scheduler(options.lr_scheduler_type, optimizer, options.warmup_steps, options.max_steps)
+        warmup = options.warmup_steps * (options.max_steps if options.warmup_steps < 1 else 1)
+        scheduler = get_scheduler(options.lr_scheduler_type, optimizer, math.ceil(warmup), options.max_steps)
         # FSDP2 and ZeRO-3 shard the policy in place; what samples and what is saved needs all of it: a copy follows it
         zero = accelerator.deepspeed_plugin
         sharded = accelerator.distributed_type == DistributedType.FSDP or (zero is not None and zero.zero_stage == 3)
