@@ -131,7 +131,9 @@ def plan(
     from rich.console import Console
 
     from rlhf_fdiv import plan as planning
+    from rlhf_fdiv.stages.common import prepare_process
 
+    prepare_process()
     rows = planning.plan(_load(config, config_option, overrides), devices, memory, prompt_length)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
