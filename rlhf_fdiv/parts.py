@@ -26,4 +26,4 @@ def load(path: str) -> Any:
         return operator.attrgetter(name)(found)
     except AttributeError as error:
         own = [key for key, x in vars(found).items() if getattr(x, "__module__", None) == module]
-        raise UserError(f"cannot load {path!r}: {module} has no {name!r}{did_you_mean(name, own)}") from error
+        raise UserError(f"cannot load {path!r}: {error}{did_you_mean(name, own)}") from error

@@ -114,7 +114,7 @@ def test_a_part_of_a_product_may_be_ones_own(examples):
         (
             "target",
             f"{ME}:NoTarge",
-            f"target: cannot load '{ME}:NoTarge': {ME} has no 'NoTarge'; did you mean 'NoTarget'?",
+            f"target: cannot load '{ME}:NoTarge': module '{ME}' has no attribute 'NoTarge'; did you mean 'NoTarget'?",
         ),
         ("target", f"{ME}:NoTarget", f"target: '{ME}:NoTarget' is no dataclass with has_zeros, potential"),
         ("target", "torch:Tensor", "target: 'torch:Tensor' is no dataclass with scorers, has_zeros, potential"),
@@ -127,12 +127,12 @@ def test_a_part_of_a_product_may_be_ones_own(examples):
         (
             "divergence",
             "my_parts:LeCan",
-            "divergence: cannot load 'my_parts:LeCan': my_parts has no 'LeCan'; did you mean",
+            "divergence: cannot load 'my_parts:LeCan': module 'my_parts' has no attribute 'LeCan'; did you mean",
         ),
         (
             "scorers.a",
             f"{ME}:prais",
-            f"scorers.a: cannot load '{ME}:prais': {ME} has no 'prais'; did you mean 'praise'?",
+            f"scorers.a: cannot load '{ME}:prais': module '{ME}' has no attribute 'prais'; did you mean 'praise'?",
         ),
         ("scorers.a", f"{ME}:ROOT", f"scorers.a: '{ME}:ROOT' is no dataclass with open"),
         ("scorers.a", {"name": f"{ME}:praise", "num_worker": 2}, "scorers.a.num_worker: unknown key; did you mean"),

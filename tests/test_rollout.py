@@ -238,7 +238,7 @@ def test_texts_are_decoded_without_what_follows_eos():
     class Decoder:
         def batch_decode(self, rows, skip_special_tokens):
             assert skip_special_tokens
-            return ["".join("abc."[t] for t in row.tolist() if t != EOS) for row in rows]
+            return ["".join("abc."[t] for t in row if t != EOS) for row in rows]
 
     policy, _ = language()
     sequences, log_probs, entropy = draw(policy.lm, 20)
