@@ -45,6 +45,11 @@ class Sequences:
         )
 
     @classmethod
+    def of(cls, prompts: list[list[int]], completions: list[list[int]], device: Any = None) -> Sequences:
+        """The rows of token ids, padded with 0."""
+        return cls(*(x.to(device) for x in (*pad(prompts, 0, "left"), *pad(completions, 0, "right"))))
+
+    @classmethod
     def cat(cls, parts: list[Sequences]) -> Sequences:
         """The rows of several batches, padded to the longest of them."""
         sides = ("left", "left", "right", "right")

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fdiv import divergences
 from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.metrics.likelihood import score
-from rlhf_fdiv.sequences import Sequences, pad
+from rlhf_fdiv.sequences import Sequences
 
 LIMIT = 200_000
 
@@ -30,10 +30,7 @@ def all_texts(vocab_size: int, stops: list[int], length: int) -> list[list[int]]
 def log_probs_of_all(lm: Any, prompts: list[list[int]], texts: list[list[int]], batch_size: int) -> Tensor:
     """log π(y|x) of every text, [P, N] in float64, normalised over them to the digits of the model's own dtype."""
     device = next(lm.parameters()).device
-    rows = []
-    for prompt in prompts:
-        sequences = Sequences(*pad([prompt] * len(texts), 0, "left"), *pad(texts, 0, "right"))
-        rows.append(score(lm, Sequences(*(x.to(device) for x in vars(sequences).values())), batch_size))
+    rows = [score(lm, Sequences.of([prompt] * len(texts), texts, device), batch_size) for prompt in prompts]
     return torch.stack(rows).log_softmax(1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_fdiv.chat import encode_prompts
 from rlhf_fdiv.data import COMPLETIONS, Rows, tokenize_completions
 from rlhf_fdiv.models import read_completions
-from rlhf_fdiv.sequences import Sequences, pad, token_log_probs, wide
+from rlhf_fdiv.sequences import Sequences, token_log_probs, wide
 
 
 def _logits(lm: Any, sequences: Sequences) -> Tensor:
@@ -56,7 +56,7 @@ def perplexity(lm: Any, tokenizer: Any, rows: Rows, batch_size: int) -> dict[str
         batch = rows[start : start + batch_size]
         prompts, texts = ([r[key] for r in batch] for key in COMPLETIONS)
         prompt_ids, ids = encode_prompts(prompts, tokenizer), tokenize_completions(prompts, texts, tokenizer, 10**9)
-        sequences = Sequences(*(x.to(device) for x in (*pad(prompt_ids, 0, "left"), *pad(ids, 0, "right"))))
+        sequences = Sequences.of(prompt_ids, ids, device)
         nats -= float(token_log_probs(_logits(lm, sequences), sequences.completion_ids, sequences.mask).sum())
         tokens += float(sequences.mask.sum())
         characters += sum(len(r["completion"]) for r in batch)

@@ -19,7 +19,7 @@ from rlhf_fdiv.divergences import Divergence
 from rlhf_fdiv.models import Policy, context_length, load_causal_lm, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import Distil
 from rlhf_fdiv.rollout import sample, uniforms
-from rlhf_fdiv.sequences import Sequences, pad, wide
+from rlhf_fdiv.sequences import Sequences, wide
 from rlhf_fdiv.stages.common import run_stage, starting_model
 from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.tracking import RunFolder
@@ -57,8 +57,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         else:
             before, after = ([rows[i][key] for i in numbers] for key in COMPLETIONS)
             written = tokenize_completions(before, after, tokenizer, length)
-            columns = (*pad([ids[i] for i in numbers], 0, "left"), *pad(written, 0, "right"))
-            batch = Sequences(*(x.to(accelerator.device) for x in columns))
+            batch = Sequences.of([ids[i] for i in numbers], written, accelerator.device)
 
         # D_f by token, and the update
         def loss_of(some: Tensor, batch: Sequences = batch) -> Tensor:

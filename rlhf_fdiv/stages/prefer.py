@@ -18,7 +18,7 @@ from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import PREFERENCES, Rows, rater_shares, read_rows, tokenize_completions, tokenize_prompts
 from rlhf_fdiv.models import context_length, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import soft_labels
-from rlhf_fdiv.sequences import Sequences, pad, sequence_sum
+from rlhf_fdiv.sequences import Sequences, sequence_sum
 from rlhf_fdiv.stages.common import run_stage, starting_model
 from rlhf_fdiv.stages.reward import agreement, rightness
 from rlhf_fdiv.stages.training import Training, launch, row_order
@@ -103,7 +103,7 @@ def collate(pairs: list[Pair], numbers: list[int], device: torch.device) -> Sequ
     """The chosen texts of some pairs, then their rejected ones: [2B] rows."""
     prompts = [pairs[i][0] for i in numbers] * 2
     texts = [pairs[i][side] for side in (1, 2) for i in numbers]
-    return Sequences(*(x.to(device) for x in (*pad(prompts, 0, "left"), *pad(texts, 0, "right"))))
+    return Sequences.of(prompts, texts, device)
 
 
 if __name__ == "__main__":
