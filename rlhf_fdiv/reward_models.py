@@ -19,7 +19,7 @@ from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.models import load_tokenizer
 from rlhf_fdiv.objectives import preference_divergence
 from rlhf_fdiv.sequences import pad
-from rlhf_fdiv.weights import from_safetensors, readable
+from rlhf_fdiv.weights import NO_MODEL, from_safetensors, readable
 
 
 class HiddenStates:
@@ -116,10 +116,8 @@ class ClassifierReward:
     """Any sequence classifier with one label, such as TRL's RewardTrainer makes."""
 
     def __init__(self, path: str, device: torch.device) -> None:
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = _classifier_tokenizer(path)
         self.model = from_safetensors(AutoModelForSequenceClassification, path, dtype="auto").to(device)
-        if self.model.config.num_labels != 1:
-            raise UserError(f"{path}: a reward model has one label, this one has {self.model.config.num_labels}")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.no_grad()
@@ -131,6 +129,24 @@ class ClassifierReward:
             tokens, mask = (x.to(self.model.device) for x in part)
             scores += self.model(input_ids=tokens, attention_mask=mask).logits.squeeze(-1).float().tolist()
         return scores
+
+
+def check_reward_model(path: str, prompts: list[Prompt]) -> None:
+    """Raises UserError, before any weight is read, where no reward model is at `path`, or one that cannot read these."""
+    if not is_reward_folder(path):
+        tokenizer = _classifier_tokenizer(path)
+        for prompt in prompts:
+            encode_whole([prompt], ["an answer"], tokenizer)
+
+
+def _classifier_tokenizer(path: str) -> Any:
+    tokenizer = load_tokenizer(path)
+    with readable(path, NO_MODEL):
+        config = AutoConfig.from_pretrained(resolve_model(path))
+    if config.num_labels != 1:
+        kind = (config.architectures or [config.model_type])[0]
+        raise UserError(f"{path}: a reward model classifies with one label, this {kind} has {config.num_labels}")
+    return tokenizer
 
 
 def is_reward_folder(path: str) -> bool:

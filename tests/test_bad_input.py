@@ -30,7 +30,7 @@ from rlhf_fdiv import config as configs
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import load_policy
 from rlhf_fdiv.rewards import Function, Scorers
-from rlhf_fdiv.stages.common import check_inputs
+from rlhf_fdiv.stages.inputs import check_inputs
 from rlhf_fdiv.tracking import write_table
 
 
@@ -478,7 +478,7 @@ STAGES = [  # the stage, overrides, what is said
     ("LoRA by a broken pattern", "policy", ["model.lora={target_modules: '('}"], ["model.lora does not fit it"]),
     ("an attention that is not installed", "policy", ["model.attn_implementation=flash_attention_2"], ["FlashAttention2"]),
     ("moments out of reach", "policy", ["target={name: moments, moments: {praise: 99}}"], ["praise = 99 is outside the reachable range"]),
-    ("a reward model that is none", "policy", ["scorers.praise={name: reward_model, path: START}"], ["score.weight"]),
+    ("a reward model that is none", "policy", ["scorers.praise={name: reward_model, path: START}"], ["one label", "LlamaForCausalLM"]),
     ("a path of 5,000 letters", "policy", ["output_dir=" + "a" * 5000], ["cannot be used", "File name too long"]),
     ("a null byte in a path", "policy", ['output_dir="a\\0b"'], ["cannot be used", "null byte"]),
     ("prompts that fill max_length", "sft", ["sft.max_length=2"], ["sft_train.jsonl: no row fits into sft.max_length = 2 tokens"]),

@@ -65,6 +65,7 @@ INSIDE = {
     "metrics": ("text", "likelihood", "exact", "divergence", "rejection", "harness"),
     "stages": (
         "stopping",
+        "inputs",
         "common",
         "saving",
         "training",

@@ -1124,6 +1124,17 @@ def test_a_trainer_argument_that_trl_does_not_know_is_told_before_any_model_load
     assert "did you mean 'weight_decay'" in message
 
 
+@pytest.mark.parametrize(
+    ("special", "told"), [(None, "gone"), ({"eos_token": "<eos>", "pad_token": "<pad>"}, "one label")]
+)
+def test_a_reward_model_is_looked_at_before_any_model_loads(config, start, tmp_path, no_model, special, told):
+    path = tmp_path / "gone" if special is None else model_folder_of_config_alone(tmp_path / "labels", **special)
+    scorers = {"reward": {"name": "reward_model", "path": str(path)}}
+    message = "\n".join(problems(run, config(stages=["policy"], scorers=scorers), f"policy.model={start}"))
+    assert told in message
+    assert str(path) in message
+
+
 def test_a_missing_reward_stage_is_told_before_any_model_loads(config, start, no_model):
     message = "\n".join(problems(run, config(), "stages=[policy]", f"policy.model={start}"))
     assert "reward stage" in message

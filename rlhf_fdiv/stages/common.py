@@ -20,28 +20,15 @@ import transformers
 from accelerate import PartialState
 
 from rlhf_fdiv import config as configs
-from rlhf_fdiv import metrics
 from rlhf_fdiv.cards import write_cards
-from rlhf_fdiv.chat import is_chat
-from rlhf_fdiv.config import STAGES, RunConfig, data_needs
+from rlhf_fdiv.config import STAGES, RunConfig
 from rlhf_fdiv.config.checks import validate
-from rlhf_fdiv.data import (
-    COMPLETIONS,
-    PREFERENCES,
-    PROMPTS,
-    RATINGS,
-    Rows,
-    read_rows,
-    reference_texts,
-    tokenize_prompts,
-)
 from rlhf_fdiv.errors import UserError, did_you_mean, one_line
-from rlhf_fdiv.hub import check_push, push
-from rlhf_fdiv.models import load_tokenizer, teacher_context
-from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, with_parts
+from rlhf_fdiv.hub import push
+from rlhf_fdiv.rewards import RewardModel, with_parts
+from rlhf_fdiv.stages.inputs import check_inputs
 from rlhf_fdiv.stages.stopping import noticed
 from rlhf_fdiv.tracking import RunFolder, is_finished
-from rlhf_fdiv.weights import context_length, require_own_tokenizer
 
 
 def run_stage(name: str) -> None:
@@ -82,79 +69,6 @@ def execute(config: RunConfig, stages: list[str]) -> RunFolder:
     if config.push_to_hub and main_process:
         say(push(config, folder))
     return folder
-
-
-def check_inputs(config: RunConfig, stages: list[str]) -> None:
-    """Reads every file that the stages will need, before any model is loaded. Raises UserError with all problems."""
-    student = {"prompts_train": PROMPTS, "sft_train": COMPLETIONS}
-    needs: dict[str, dict[str, dict[str, type]]] = {
-        "sft": {"sft_train": COMPLETIONS},
-        "reward": {"preferences_train": PREFERENCES, "preferences_eval": PREFERENCES},
-        "policy": {"prompts_train": PROMPTS},
-        "prefer": {"preferences_train": PREFERENCES, "preferences_eval": PREFERENCES},
-        "distil": {k: v for k, v in student.items() if k in data_needs(config, "distil")},
-        "evaluate": {"prompts_eval": PROMPTS, "sft_eval": COMPLETIONS},
-    }
-    problems: list[str] = []
-    prompts: dict[str, Rows] = {}
-    messages: dict[str, Rows] = {}
-
-    def collect(check: Any, *args: Any) -> Any:
-        try:
-            return check(*args)
-        except UserError as error:
-            problems.extend(p for p in error.problems if p not in problems)
-
-    def read_model(name: str) -> tuple[Any, int | None]:
-        tokenizer, context = collect(load_tokenizer, name), collect(context_length, name)
-        if tokenizer is not None and context is not None:
-            collect(require_own_tokenizer, name, tokenizer)
-        return tokenizer, context
-
-    if config.report_to in ("wandb", "trackio") and importlib.util.find_spec(config.report_to) is None:
-        problems.append(f"report_to: {config.report_to} is not installed: pip install 'rlhf_fdiv[tracking]'")
-    if config.push_to_hub:
-        collect(check_push, config.push_to_hub)
-    continued = {"prefer": ("preferences_train", "preferences_eval"), "distil": ("sft_train",)}
-    whole = [key for stage in stages for key in continued.get(stage, ())]  # whose prompts must leave room for a text
-    for key, fields in {k: v for stage in stages for k, v in needs[stage].items()}.items():
-        source = getattr(config.data, key)
-        rows = collect(read_rows, source, fields) if source else None
-        if rows and fields is PREFERENCES and all(row["chosen"] == row["rejected"] for row in rows):
-            problems.append(f"{source}: every pair has the same text twice; nothing can be learned from it")
-        if rows and (fields is PROMPTS or key in whole):
-            prompts[source] = rows
-        elif rows and is_chat([rows[0]["prompt"]]):
-            messages[source] = rows
-    if "evaluate" in stages:
-        collect(metrics.require_harness, config.evaluate.lm_eval, config.evaluate.mauve)
-        rows = prompts.get(str(config.data.prompts_eval))
-        if config.evaluate.mauve and rows and not collect(reference_texts, rows, config.data.sft_eval, 1):
-            problems.append(
-                f"evaluate.mauve: needs `references` in every row of {config.data.prompts_eval}, or data.sft_eval"
-            )
-    if "policy" in stages or "evaluate" in stages:
-        for spec in config.scorers.values():
-            if isinstance(spec, NgramRidge):
-                collect(read_rows, spec.data, RATINGS)
-            elif isinstance(spec, Function):
-                collect(spec.open, torch.device("cpu"))
-    policy_model = config.training.model or config.model.name_or_path
-    tokenizer, context = read_model(policy_model)
-    first = tokenizer
-    if {"sft", "reward"} & set(stages) and config.model.name_or_path != policy_model:
-        first, _ = read_model(config.model.name_or_path)
-    if "distil" in stages and tokenizer is not None and context is not None:
-        room = collect(teacher_context, str(config.distil.teacher), policy_model)
-        context = room and min(context, room)
-    if tokenizer is not None and context is not None:
-        for source, rows in prompts.items():
-            collect(tokenize_prompts, rows, tokenizer, source, context - config.training.max_completion_length)
-    if first is not None:  # whether its chat template takes them; their length is for the stages to judge
-        for source, rows in messages.items():
-            collect(tokenize_prompts, rows, first, source, sys.maxsize)
-    if problems:
-        raise UserError(*problems)
 
 
 def prepare_process() -> None:
