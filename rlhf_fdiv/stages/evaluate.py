@@ -1,7 +1,4 @@
-"""Before and after on held-out prompts: rewards, divergences with intervals, diversity, perplexity, samples, a report.
-
-accelerate launch -m rlhf_fdiv.stages.evaluate CONFIG [a.b=value …]
-"""
+"""Before and after on held-out prompts: rewards, divergences with intervals, diversity, perplexity, samples, a report."""
 
 from __future__ import annotations
 
@@ -86,42 +83,22 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     k, groups = options.num_generations, torch.arange(len(rows)).repeat_interleave(options.num_generations)
     noise = uniforms(config.seed + 1, 0, len(rows) * k, length)
     repeated = [row for row in rows for _ in range(k)]
-    prompts, steps = [row["prompt"] for row in repeated], config.training.max_steps
-    columns: dict[str, Any] = extra_columns(repeated)
-    columns["trainer_state"] = TrainerState(global_step=steps, max_steps=steps)
+    steps = TrainerState(global_step=config.training.max_steps, max_steps=config.training.max_steps)
+    own = {"prompts": [row["prompt"] for row in repeated], "trainer_state": steps}
+    columns: dict[str, Any] = extra_columns(repeated) | own
     samples: dict[str, Samples] = {}
     report: dict[str, Any] = {"beta": config.beta, "paired": {}}
     for name, lm in models.items():
         drawn = draw(lm, tokenizer, ids, k, noise, options.batch_size)
-        texts = [t for d in drawn for t in d.texts(tokenizer)]
-        columns |= {
-            "prompts": prompts,
-            "completions": texts,
-            "completion_ids": [i for d in drawn for i in d.token_ids()],
-        }
-        scores = scorers(scorers.names, **columns)
-        parts = [metrics.score_both(models["policy"], models["sft"], d.sequences, options.batch_size) for d in drawn]
-        log_pi, log_a, kl = (torch.cat(x) for x in zip(*parts, strict=True))
-        if name == "policy":  # of the softmax that was sampled: in bfloat16 a fresh forward would put k1 too low
-            log_pi = torch.cat([d.log_probs.double().sum(-1).cpu() for d in drawn])
-        samples[name] = Samples(drawn, texts, scores, log_pi, log_a, kl)
+        samples[name] = measured(drawn, models, name == "policy", scorers, columns, tokenizer, options.batch_size)
         report[name] = describe(samples[name], repeated, config, groups) | held_out_perplexity(config, lm, tokenizer)
 
-    # divergences and the objective
-    policy, fs = samples["policy"], [divergences.get(spec) for spec in options.divergences]
-    report["divergence_to_reference"] = metrics.measure_all(fs, policy.log_pi, policy.log_a, groups)
-    report["policy"] |= {"kl_reference": float(policy.kl.mean()), "kl_reference_se": clustered_error(policy.kl, groups)}
-    report["sft"] |= {"kl_reference": 0.0, "kl_reference_se": 0.0}
+    # compare
+    against_reference(report, samples, config, groups)
     if config.objective.stage == "distil":
-        teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device)
-        log_q = torch.cat([metrics.score(teacher, d.sequences, options.batch_size) for d in policy.drawn])
-        report["divergence_to_target"] = metrics.measure_all(fs, policy.log_pi, log_q, groups)
+        against_teacher(report, samples["policy"], config, device, groups)
     elif target is not None:
         against_target(report, samples, target, config, groups)
-    for name in scorers.names:
-        report["paired"][f"{name}_gain"], report["paired"][f"{name}_gain_se"] = metrics.paired_difference(
-            policy.scores[name].cpu(), samples["sft"].scores[name].cpu(), groups
-        )
     if options.exact and target is not None:
         report["exact"] = enumerate_language(config, models, tokenizer, ids, rows, scorers, target)
     if options.mauve:
@@ -131,7 +108,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         report["lm_eval"] = {name: metrics.lm_eval(lm, tokenizer, *how) for name, lm in models.items()}
 
     # write
-    table = pd.DataFrame({"prompt": [shown(prompt) for prompt in prompts]})
+    table = pd.DataFrame({"prompt": [shown(prompt) for prompt in columns["prompts"]]})
     for name, x in samples.items():
         table[name] = x.texts
         for scorer, values in x.scores.items():
@@ -150,6 +127,48 @@ def draw(lm: Any, tokenizer: Any, ids: list[list[int]], k: int, noise: Tensor, b
         prompts = list(range(i, i + len(part)))
         batches.append(Rollout(*sample(lm, tokenizer, part, k, noise[i * k : (i + len(part)) * k]), prompts))
     return batches
+
+
+def measured(
+    drawn: list[Rollout],
+    models: dict[str, Any],
+    of_policy: bool,
+    scorers: Scorers,
+    columns: dict[str, Any],
+    tokenizer: Any,
+    batch_size: int,
+) -> Samples:
+    """Completions with their scores and their log-probs under both models."""
+    texts = [text for batch in drawn for text in batch.texts(tokenizer)]
+    completions = {"completions": texts, "completion_ids": [ids for batch in drawn for ids in batch.token_ids()]}
+    scores = scorers(scorers.names, **columns | completions)
+    parts = [metrics.score_both(models["policy"], models["sft"], batch.sequences, batch_size) for batch in drawn]
+    log_pi, log_a, kl = (torch.cat(x) for x in zip(*parts, strict=True))
+    if of_policy:  # of the softmax that was sampled: in bfloat16 a fresh forward would put k1 too low
+        log_pi = torch.cat([batch.log_probs.double().sum(-1).cpu() for batch in drawn])
+    return Samples(drawn, texts, scores, log_pi, log_a, kl)
+
+
+def against_reference(report: dict[str, Any], samples: dict[str, Samples], config: RunConfig, groups: Tensor) -> None:
+    """Adds the policy's divergence to the reference, and by how much its scores are higher for the same prompt and noise."""
+    policy, fs = samples["policy"], [divergences.get(spec) for spec in config.evaluate.divergences]
+    report["divergence_to_reference"] = metrics.measure_all(fs, policy.log_pi, policy.log_a, groups)
+    report["policy"] |= {"kl_reference": float(policy.kl.mean()), "kl_reference_se": clustered_error(policy.kl, groups)}
+    report["sft"] |= {"kl_reference": 0.0, "kl_reference_se": 0.0}
+    for name, scores in policy.scores.items():
+        report["paired"][f"{name}_gain"], report["paired"][f"{name}_gain_se"] = metrics.paired_difference(
+            scores.cpu(), samples["sft"].scores[name].cpu(), groups
+        )
+
+
+def against_teacher(
+    report: dict[str, Any], policy: Samples, config: RunConfig, device: torch.device, groups: Tensor
+) -> None:
+    """Adds the student's divergence to its teacher."""
+    teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device)
+    log_q = torch.cat([metrics.score(teacher, d.sequences, config.evaluate.batch_size) for d in policy.drawn])
+    fs = [divergences.get(spec) for spec in config.evaluate.divergences]
+    report["divergence_to_target"] = metrics.measure_all(fs, policy.log_pi, log_q, groups)
 
 
 def against_target(
