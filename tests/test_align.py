@@ -153,7 +153,7 @@ def test_the_known_optimum_is_reached_on_a_language_that_can_be_enumerated(tmp_p
     rows = Dataset.from_dict({"prompt": prompts})
     trained = align("toy", share, rows, beta=beta, output_dir=tmp_path / "toy", policy=policy, report_to="none")
     tokenizer, reference = load_tokenizer("toy"), AutoModelForCausalLM.from_pretrained(assets.toy())
-    every = metrics.all_texts(len(tokenizer), tokenizer.eos_token_id, 5)
+    every = metrics.all_texts(len(tokenizer), [tokenizer.eos_token_id], 5)
     ids = [tokenizer(p)["input_ids"] for p in prompts]
     log_pi, log_a = (metrics.log_probs_of_all(lm, ids, every, 2048) for lm in (trained.model, reference))
     reward = torch.tensor(share([], tokenizer.batch_decode(every, skip_special_tokens=True)), dtype=torch.float64)

@@ -173,8 +173,9 @@ def policy(config):
 @pytest.mark.slow
 def test_a_run_learns_and_its_weights_are_one(policy, server):
     out = policy(
-        "policy.max_steps=20", "policy.learning_rate=4e-3", "policy.num_prompts=12", "policy.num_generations=32"
-    )
+        "policy.max_steps=20", "policy.learning_rate=4e-3", "policy.num_prompts=12", "policy.num_generations=32",
+        "policy.per_device_train_batch_size=384",
+    )  # fmt: skip
     rows = jsonl(out / "metrics.jsonl")
     praise = [row["praise"] for row in rows]
     assert min(praise[-5:]) > praise[0] + 4 * (2 * 0.25 / 384) ** 0.5, "four standard errors of two shares of 384"
