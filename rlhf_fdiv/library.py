@@ -14,7 +14,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ import datasets
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import get_callable_name
 
@@ -31,6 +32,7 @@ from rlhf_fdiv.assets import build_once
 from rlhf_fdiv.config import RunConfig, parse
 from rlhf_fdiv.config.files import merge
 from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.model_options import LoraOptions
 from rlhf_fdiv.models import load_tokenizer, merged
 from rlhf_fdiv.rewards import RESERVED
 from rlhf_fdiv.stages.common import execute, prepare_process
@@ -82,7 +84,7 @@ def align(
     beta: float | None = None,
     output_dir: str | Path = "runs/align",
     processing_class: Any = None,
-    peft_config: dict[str, Any] | None = None,
+    peft_config: dict[str, Any] | LoraConfig | None = None,
     reward_weights: list[float] | None = None,
     eval_dataset: str | datasets.Dataset | None = None,
     **config: Any,
@@ -91,8 +93,9 @@ def align(
 
     `model` is a folder, a hub name, a config's `model` section or a model in memory, which stays as it is; `reward_funcs`
     one or a list of functions with TRL's signature, names of reward models, or scorers as a config has them; `divergence` a
-    name, a mapping or an f; `peft_config` the keys of `model.lora`; `output_dir` the run's folder. `config` takes any other
-    keys of a config file: `policy={"max_steps": 20}`, `objective="regularise"`. Raises UserError as the command line does.
+    name, a mapping or an f; `peft_config` peft's or the keys of `model.lora`; `output_dir` the run's folder. `config` takes
+    any other keys of a config file: `policy={"max_steps": 20}`, `objective="regularise"`. Raises UserError as the command
+    line does.
     """
     prepare_process()
     folder, keep = Path(output_dir).parent / str(config.get("name", Path(output_dir).name)), Keep()
@@ -111,7 +114,7 @@ def align(
         "divergence": divergence,
         "stages": ["policy", "evaluate"][: len(data)],
     }
-    lora = {"model": {"lora": peft_config}} if peft_config else {}
+    lora = {"model": {"lora": _lora(peft_config)}} if peft_config else {}
     tilt = {"target": {"beta": beta}} if beta is not None else {}
     checked = parse(functools.reduce(merge, (raw, lora, config, tilt), {}))
     if checked.resume is None:
@@ -137,6 +140,20 @@ def _model(model: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
     path = folder / "given" / f"model-{digest.hexdigest()[:16]}"
     keep[path] = lambda new: (lm.save_pretrained(new), tokenizer.save_pretrained(new))
     return {"name_or_path": str(path), "dtype": str(lm.dtype).removeprefix("torch.")}
+
+
+def _lora(config: dict[str, Any] | LoraConfig) -> dict[str, Any]:
+    """The config's `model.lora`."""
+    if isinstance(config, dict):
+        return config
+    plain, given = LoraConfig(task_type="CAUSAL_LM").to_dict(), config.to_dict()
+    ours = {x.name for x in fields(LoraOptions)}
+    if other := sorted(key for key in given.keys() - ours - {"task_type"} if given[key] != plain[key]):
+        raise UserError(f"peft_config: {', '.join(other)} cannot be set; model.lora takes {', '.join(sorted(ours))}")
+    modules = config.target_modules
+    return {key: given[key] for key in ours} | {
+        "target_modules": sorted(modules) if isinstance(modules, set) else modules
+    }
 
 
 def _prompts(rows: Any, argument: str, folder: Path, keep: Keep) -> str:

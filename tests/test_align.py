@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from toy import perturbed
 from transformers import AutoModelForCausalLM
 from trl.rewards import get_soft_overlong_punishment
@@ -18,6 +19,7 @@ from trl.rewards import get_soft_overlong_punishment
 import rlhf_fdiv
 from rlhf_fdiv import align, assets, divergences, library, metrics
 from rlhf_fdiv.estimators import RLOO
+from rlhf_fdiv.model_options import LoraOptions
 from rlhf_fdiv.models import Policy, load_tokenizer
 from rlhf_fdiv.objectives import Distil, Prefer, Regularise, token_rewards
 from rlhf_fdiv.sequences import Sequences, pad, sequence_sum
@@ -116,13 +118,18 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(small):
     assert tiny.same(resumed.model.state_dict(), whole.model.state_dict())
 
 
+def test_what_a_peft_config_has_beyond_ours_is_refused(small):
+    (message,) = tiny.problems(functools.partial(small, peft_config=LoraConfig(lora_dropout=0.1, use_rslora=True)))
+    assert "lora_dropout, use_rslora cannot be set" in message
+    assert library._lora(LoraConfig()) == {"r": 8, "lora_alpha": 8, "target_modules": None}
+    assert library._lora({"r": 3}) == {"r": 3}
+
+
 @pytest.mark.slow
 def test_an_adapter_trains_by_config_and_one_in_memory_is_merged(small, start, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    made = small(peft_config={"r": 2, "lora_alpha": 4})
+    made = small(peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     assert json.loads((made.path / "policy" / "adapter" / "adapter_config.json").read_text())["r"] == 2
-    assert made.config.model.lora.r == 2
+    assert made.config.model.lora == LoraOptions(2, 4, ["q_proj", "v_proj"])
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(start), LoraConfig(r=2, init_lora_weights=False))
     merged = copy.deepcopy(adapted).merge_and_unload().state_dict()
     made = small(model=adapted, processing_class=load_tokenizer(start), output_dir=tmp_path / "second")
