@@ -111,7 +111,9 @@ def divergence_table(report: dict[str, Any]) -> str:
 
     to_target = report.get("divergence_to_target", {})
     rows = [(name, cell(x), cell(to_target.get(name))) for name, x in report["divergence_to_reference"].items()]
-    note = "± is one standard error, clustered by prompt."
+    prompts = report.get("prompts", 10)  # which reports of before did not say
+    few = f" Of {prompts} prompts it is itself rough." if prompts < 10 else ""
+    note = f"± is one standard error, clustered by prompt.{few}"
     if z := report.get("log_z"):
         ess = f"ESS {z['ess']:.1f} of {z['samples']} samples a prompt"
         note += f" log Ẑ(x) of the target: mean {figure(z, 'mean')}, {ess}."

@@ -241,6 +241,8 @@ def test_the_evaluation_adds_up(whole):
     assert report["policy"].keys() >= needed
     assert all(isinstance(report[m][k], float) for m in ("sft", "policy") for k in needed)
     assert report["beta"] == 0.5
+    assert report["prompts"] == len(pd.read_parquet(folder / "evaluate" / "samples.parquet")["prompt"].unique()) == 8
+    assert "Of 8 prompts it is itself rough." in (folder / "report.md").read_text()
     for model in ("sft", "policy"):
         values = report[model]
         assert values["objective"] == pytest.approx(values["reward"] - 0.5 * values["kl_reference"], abs=1e-6)

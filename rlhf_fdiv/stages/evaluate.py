@@ -87,7 +87,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     own = {"prompts": [row["prompt"] for row in repeated], "trainer_state": steps}
     columns: dict[str, Any] = extra_columns(repeated) | own
     samples: dict[str, Samples] = {}
-    report: dict[str, Any] = {"beta": config.beta, "paired": {}}
+    report: dict[str, Any] = {"beta": config.beta, "prompts": len(rows), "paired": {}}
     for name, lm in models.items():
         drawn = draw(lm, tokenizer, ids, k, noise, options.batch_size)
         samples[name] = measured(drawn, models, name == "policy", scorers, columns, tokenizer, options.batch_size)
