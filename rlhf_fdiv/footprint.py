@@ -30,7 +30,7 @@ from rlhf_fdiv.config.files import find_config
 from rlhf_fdiv.known_models import resolve_model
 from rlhf_fdiv.models import Policy, Reference, adapted, base_of, under_adapter, with_reference
 from rlhf_fdiv.reward_models import is_reward_folder
-from rlhf_fdiv.rewards import RewardModel, Threshold
+from rlhf_fdiv.rewards import RewardModel, with_parts
 from rlhf_fdiv.rollout import _Appending, _in_place, _inverse_cdf
 from rlhf_fdiv.sequences import Sequences, wide
 from rlhf_fdiv.weights import readable
@@ -156,9 +156,8 @@ def size(module: nn.Module, trained: bool = False) -> int:
 
 def reward_weights(config: RunConfig) -> int:
     """Bytes of the reward models that the policy stage scores with, of the layers that they load."""
-    names, total = [*config.target.scorers, *config.policy.logged_scorers], 0
-    names += [spec.of for name in names if isinstance(spec := config.scorers[name], Threshold)]
-    for spec in (config.scorers[name] for name in dict.fromkeys(names)):
+    names, total = dict.fromkeys((*config.target.scorers, *config.policy.logged_scorers)), 0
+    for spec in (config.scorers[name] for name in with_parts(names, config.scorers)):
         if isinstance(spec, RewardModel):
             made: dict[str, Any] = {
                 "backbone": spec.path or config.model.name_or_path,

@@ -9,7 +9,7 @@ import inspect
 import math
 import multiprocessing
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -27,8 +27,11 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 def by_keyword(function: Callable[..., Any]) -> Score:
     """The function with what it has parameters for; an answer that must be awaited is under way when this returns."""
-    known = inspect.signature(function).parameters
-    takes_all = any(x.kind is x.VAR_KEYWORD for x in known.values())
+    try:
+        known: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+        takes_all = any(x.kind is x.VAR_KEYWORD for x in known.values())
+    except ValueError:  # of a function written in C, which does not say
+        known, takes_all = {}, True
 
     async def waiting(answer: Any) -> Any:
         try:

@@ -198,7 +198,7 @@ def figures(row):
 def test_two_processes_give_what_one_gives(asked, two, name):
     stage, words = CASES[name][0], cases_of(two[0]).get(name)
     if words is None:
-        pytest.skip("cases_of says why")
+        pytest.skip(f"{name} is not compared under {two[0]}: cases_of says why")
     alone = run(*asked[name], f"name=one{len(words)}", *words)
     out = [alone.path / stage, Path(asked[name][0]).parent / two[0] / stage]
     exact = not words and "float32" not in name

@@ -281,7 +281,7 @@ def logged():
             beta=0.5,
             target=SimpleNamespace(scorers=()),
             report_to="none",
-            evaluate=SimpleNamespace(divergences=["js", name]),
+            measured=[divergences.get("js"), divergences.get(name)],
         )
         seen = {}
         training = SimpleNamespace(accelerator=Accelerator(cpu=True), log=lambda step, values, *_: seen.update(values))

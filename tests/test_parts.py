@@ -136,6 +136,11 @@ def test_a_part_of_a_product_may_be_ones_own(examples):
         ),
         ("scorers.a", f"{ME}:ROOT", f"scorers.a: '{ME}:ROOT' is no dataclass with open"),
         ("scorers.a", {"name": f"{ME}:praise", "num_worker": 2}, "scorers.a.num_worker: unknown key; did you mean"),
+        (
+            "scorers.a",
+            {"name": f"{ME}:praise", "path": "b:c"},
+            "scorers.a: `path` and the name are one key here, and",
+        ),
         ("scorers.a", {"name": f"{ME}:Longest", "scal": 2}, "scorers.a.scal: unknown key; did you mean 'scale'?"),
     ],
 )

@@ -151,6 +151,8 @@ def test_the_command_needs_no_weight(asked, call):
         "stages=[policy]",
         "model.lora=null",
         "scorers.reward.path=smollm2-135m",
+        "scorers.total={name: sum, of: {reward: 2}}",
+        "target.reward=total",
     )
     assert code == 0, err
     (row,) = json.loads(out)

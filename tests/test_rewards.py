@@ -253,6 +253,11 @@ def test_a_function_without_columns_gets_what_it_has_parameters_for_and_a_state_
     assert states == [state, state]
 
 
+def test_a_function_in_c_that_does_not_name_its_parameters_is_called_with_all():
+    with pytest.raises(UserError, match="'it' raised TypeError"):
+        score(Function("builtins:max"), ["c"])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_async_functions_are_awaited_and_what_they_raise_names_the_scorer(workers):
     spec = Function(f"{__name__}:waits", num_workers=workers, timeout=60.0)

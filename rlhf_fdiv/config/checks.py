@@ -150,7 +150,9 @@ def _choice(registry: dict[str, Any], value: Any, key: str, problems: list[str],
         except UserError as error:
             problems.append(f"{key}: {error}")
             return None
-        options = {"path": name, **options} if registry[name] is Function else options
+        if registry[name] is Function and options.setdefault("path", name) != name:
+            problems.append(f"{key}: `path` and the name are one key here, and say {options['path']!r} and {name!r}")
+            return None
     if not isinstance(name, str) or name not in registry:
         problems.append(f"{key}.name: {name!r} is not known{did_you_mean(str(name), registry)}")
         return None

@@ -194,6 +194,11 @@ class RunConfig:
         return divergences.get(self.divergence)
 
     @property
+    def measured(self) -> list[divergences.Divergence]:
+        """The f that evaluation and each training step measure beside the run's own."""
+        return [divergences.get(spec) for spec in self.evaluate.divergences]
+
+    @property
     def training(self) -> PolicyOptions | PreferOptions | DistilOptions:
         """The section of the stage that trains for this objective."""
         return getattr(self, self.objective.stage)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from rlhf_fdiv import divergences, metrics, targets
+from rlhf_fdiv import metrics, targets
 from rlhf_fdiv.chat import Prompt, shown, stop_ids
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import (
@@ -27,7 +27,7 @@ from rlhf_fdiv.data import (
     tokenize_prompts,
 )
 from rlhf_fdiv.divergences import clustered_error
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.errors import UserError, told_as
 from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
 from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.report import write_report
@@ -108,11 +108,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         report["lm_eval"] = {name: metrics.lm_eval(lm, tokenizer, *how) for name, lm in models.items()}
 
     # write
-    table = pd.DataFrame({"prompt": [shown(prompt) for prompt in columns["prompts"]]})
-    for name, x in samples.items():
-        table[name] = x.texts
-        for scorer, values in x.scores.items():
-            table[f"{name}_{scorer}"] = values.cpu().tolist()
+    table = side_by_side(columns["prompts"], samples)
     table.to_parquet(out / "samples.parquet")
     write_atomically(out / "metrics.json", json.dumps(finite(report), indent=2, ensure_ascii=False))
     write_report(config, folder.path, out, finite(report), table)
@@ -151,8 +147,8 @@ def measured(
 
 def against_reference(report: dict[str, Any], samples: dict[str, Samples], config: RunConfig, groups: Tensor) -> None:
     """Adds the policy's divergence to the reference, and by how much its scores are higher for the same prompt and noise."""
-    policy, fs = samples["policy"], [divergences.get(spec) for spec in config.evaluate.divergences]
-    report["divergence_to_reference"] = metrics.measure_all(fs, policy.log_pi, policy.log_a, groups)
+    policy = samples["policy"]
+    report["divergence_to_reference"] = metrics.measure_all(config.measured, policy.log_pi, policy.log_a, groups)
     report["policy"] |= {"kl_reference": float(policy.kl.mean()), "kl_reference_se": clustered_error(policy.kl, groups)}
     report["sft"] |= {"kl_reference": 0.0, "kl_reference_se": 0.0}
     for name, scores in policy.scores.items():
@@ -167,8 +163,7 @@ def against_teacher(
     """Adds the student's divergence to its teacher."""
     teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device)
     log_q = torch.cat([metrics.score(teacher, d.sequences, config.evaluate.batch_size) for d in policy.drawn])
-    fs = [divergences.get(spec) for spec in config.evaluate.divergences]
-    report["divergence_to_target"] = metrics.measure_all(fs, policy.log_pi, log_q, groups)
+    report["divergence_to_target"] = metrics.measure_all(config.measured, policy.log_pi, log_q, groups)
 
 
 def against_target(
@@ -186,8 +181,7 @@ def against_target(
     tilt = both(*potential.values())
     log_z = metrics.log_partition_of(log_a + tilt, log_pi, log_a)
     log_p = log_target(policy.log_a, potential["policy"], log_z.log_z.repeat_interleave(k))
-    fs = [divergences.get(spec) for spec in config.evaluate.divergences]
-    report["divergence_to_target"] = metrics.measure_all(fs, policy.log_pi, log_p, groups, log_z.bias)
+    report["divergence_to_target"] = metrics.measure_all(config.measured, policy.log_pi, log_p, groups, log_z.bias)
     report["log_z"] = {"mean": float(log_z.log_z.mean()), "ess": log_z.ess, "samples": 2 * k, "bias": log_z.bias}
     for name in samples:
         report[name]["objective"] = config.beta * (float(potential[name].mean()) - report[name]["kl_reference"])
@@ -225,27 +219,33 @@ def enumerate_language(
     target: Any,
 ) -> dict[str, Any]:
     """The same figures without an estimate, over every text."""
-    try:
-        every = metrics.all_texts(
-            models["policy"].config.vocab_size, stop_ids(tokenizer), config.training.max_completion_length
-        )
-    except ValueError as error:
-        raise UserError(f"evaluate.exact: {error}") from error
+    vocab_size = models["policy"].config.vocab_size
+    with told_as("evaluate.exact", (ValueError,)):
+        every = metrics.all_texts(vocab_size, stop_ids(tokenizer), config.training.max_completion_length)
     log_pi, log_a = (
         metrics.log_probs_of_all(models[n], ids, every, config.evaluate.batch_size) for n in ("policy", "sft")
     )
-    decoded = tokenizer.batch_decode(every, skip_special_tokens=True)
     repeated = [row for row in rows for _ in every]
+    decoded = tokenizer.batch_decode(every, skip_special_tokens=True)
     texts = {"prompts": [row["prompt"] for row in repeated], "completions": decoded * len(rows)}
     state = TrainerState(global_step=config.training.max_steps, max_steps=config.training.max_steps)
     texts |= {"completion_ids": every * len(rows), "trainer_state": state}
     scores = scorers(list(target.scorers), **extra_columns(repeated) | texts)
     potential = target.potential(scores).double().cpu().view(log_pi.shape)
     log_p = (log_a + potential).log_softmax(1)
-    fs = [divergences.get(spec) for spec in config.evaluate.divergences]
-    report = metrics.exact_report(fs, log_pi, log_a, log_p, config.beta * potential)
+    report = metrics.exact_report(config.measured, log_pi, log_a, log_p, config.beta * potential)
     report["objective"] = report["reward"] - config.beta * report["kl_reference"]
     return report
+
+
+def side_by_side(prompts: list[Prompt], samples: dict[str, Samples]) -> pd.DataFrame:
+    """Each prompt with what each model wrote, and its scores."""
+    table = pd.DataFrame({"prompt": [shown(prompt) for prompt in prompts]})
+    for name, x in samples.items():
+        table[name] = x.texts
+        for scorer, values in x.scores.items():
+            table[f"{name}_{scorer}"] = values.cpu().tolist()
+    return table
 
 
 def describe(samples: Samples, rows: Rows, config: RunConfig, groups: Tensor) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Log:
 
     def __init__(self, config: RunConfig, training: Training, stops: list[int]) -> None:
         self.config, self.training, self.stops = config, training, stops
-        fs = [config.f, *map(divergences.get, config.evaluate.divergences)]
+        fs = [config.f, *config.measured]
         self.measured = {divergences.label(f): f for f in fs}
         self.completions: list[dict[str, Any]] = []
         self.first_objective: float | None = None

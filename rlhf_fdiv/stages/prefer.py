@@ -35,14 +35,8 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     set_seed(config.seed)
     tokenizer = load_tokenizer(start)
     context = context_length(start)
-    source = str(config.data.preferences_train)
-    rows = read_rows(source, PREFERENCES)
-    pairs = tokenize_pairs(rows, tokenizer, source, options.max_completion_length, context)
-    held_out, held_out_pairs = [], []
-    if config.data.preferences_eval:
-        source = config.data.preferences_eval
-        held_out = read_rows(source, PREFERENCES)
-        held_out_pairs = tokenize_pairs(held_out, tokenizer, source, options.max_completion_length, context)
+    rows, pairs = _read(config.data.preferences_train, tokenizer, options.max_completion_length, context)
+    held_out, held_out_pairs = _read(config.data.preferences_eval, tokenizer, options.max_completion_length, context)
     labels = soft_labels(rater_shares(rows), objective.label_smoothing).to(accelerator.device)
     policy, reference = load_policy(start, config.model, logprob_chunk=options.logprob_chunk)
     training = Training(policy, options, out, accelerator, config.report_to)
@@ -90,6 +84,13 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
 
 Pair = tuple[list[int], list[int], list[int]]
+
+
+def _read(source: str | None, tokenizer: Any, length: int, context: int) -> tuple[Rows, list[Pair]]:
+    if source is None:
+        return [], []
+    rows = read_rows(source, PREFERENCES)
+    return rows, tokenize_pairs(rows, tokenizer, source, length, context)
 
 
 def tokenize_pairs(rows: Rows, tokenizer: Any, source: str, length: int, context: int) -> list[Pair]:
