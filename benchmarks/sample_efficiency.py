@@ -4,8 +4,8 @@
 
 J(π) = E_π[r] − β·KL(π‖a) has the optimum p = a·exp(r/β)/Z, where it is β·log Z, and what a policy lacks of it is β·KL(π‖p).
 Two tasks: `toy`, whose texts are enumerated, so that J and the optimum have no error at all; `presence`, a GPT-2 trained on
-film reviews that is paid for each review with a word about acting: the optimum follows from how often it has one untrained,
-and J is measured on fresh samples with the exact KL of each visited state.
+film reviews that is paid for each review which says film, movie or picture: the optimum follows from how often it does so
+untrained, and J is measured on fresh samples with the exact KL of each visited state.
 
 Every method starts from the same weights and trains all of them on as many samples, with Adam, the linear schedule and the
 clipping of gradients that are the default of the trainers. A sweep of rates on two seeds chooses its rate; five other seeds
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-RATES = {"toy": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "presence": [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3]}
+RATES = {"toy": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "presence": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]}
 SWEEP, CONFIRM = [0, 1], [10, 11, 12, 13, 14]
 
 
@@ -105,17 +105,17 @@ def toy_optimum() -> tuple[float, float]:
     return float(0.1 * (log_a + reward / 0.1).logsumexp(1).mean()), float((log_a.exp() * reward).sum(1).mean())
 
 
-ACTING = r"\b(act(ing|ors?|ress(es)?)|performances?|performers?|cast|star(s|ring)?|plays)\b"
+FILM = r"\b(films?|movies?|pictures?)\b"
 
 
-def acting(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+def names_the_film(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     import re
 
-    return [float(bool(re.search(ACTING, text, re.IGNORECASE))) for text in completions]
+    return [float(bool(re.search(FILM, text, re.IGNORECASE))) for text in completions]
 
 
 def presence() -> Task:
-    return Task(presence_folder(), "sample_efficiency:acting", 0.3, 24, 4, 16, 60, measure_presence)
+    return Task(presence_folder(), "sample_efficiency:names_the_film", 0.3, 24, 4, 16, 40, measure_presence)
 
 
 def presence_folder() -> Path:
@@ -164,7 +164,7 @@ def measure_presence(folder: Path, generations: int = 32) -> tuple[float, float]
     lm = load_causal_lm(str(folder), ModelOptions(str(folder)))
     drawn, _, _ = sample(lm, tokenizer, ids, generations, uniforms(12345, 0, len(ids) * generations, 24))
     rows = [x[m.bool()] for x, m in zip(drawn.completion_ids, drawn.mask, strict=True)]
-    reward = acting([], tokenizer.batch_decode(rows, skip_special_tokens=True))
+    reward = names_the_film([], tokenizer.batch_decode(rows, skip_special_tokens=True))
     _, _, kl = metrics.score_both(lm, reference, drawn, 512)
     return sum(reward) / len(reward), float(kl.mean())
 
@@ -177,7 +177,9 @@ def presence_optimum() -> tuple[float, float]:
     reference, tokenizer, ids = presence_models()
     drawn, _, _ = sample(reference, tokenizer, ids, 256, uniforms(54321, 0, len(ids) * 256, 24))
     rows = [x[m.bool()] for x, m in zip(drawn.completion_ids, drawn.mask, strict=True)]
-    reward = torch.tensor(acting([], tokenizer.batch_decode(rows, skip_special_tokens=True))).double().view(-1, 256)
+    reward = (
+        torch.tensor(names_the_film([], tokenizer.batch_decode(rows, skip_special_tokens=True))).double().view(-1, 256)
+    )
     z = 1 + reward.mean(1) * math.expm1(1 / beta)
     variance = reward.var(1) / 256 * math.expm1(1 / beta) ** 2
     return float(beta * (z.log() + variance / (2 * z**2)).mean()), float(reward.mean())

@@ -438,6 +438,14 @@ def test_grpo_with_two_epochs(policy):
     assert all("clip_fraction" in row for row in rows)
 
 
+def test_the_fused_adamw_is_adamw(policy):
+    args = (FULL, "model.dtype=float64", "policy.max_steps=2", "policy.weight_decay=.1", "policy.learning_rate=.01")
+    of = {optim: weights(policy(*args, f"name={optim}", f"policy.optim={optim}") / "model") for optim in
+          ("adamw_torch", "adamw_torch_fused", "sgd")}  # fmt: skip
+    assert away(of["adamw_torch"], of["adamw_torch_fused"]) < 1e-12
+    assert away(of["adamw_torch"], of["sgd"]) > 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
 def test_rloo_with_two_epochs(policy, divergence):

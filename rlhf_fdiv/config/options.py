@@ -74,7 +74,7 @@ class TrainingOptions:
     model: Annotated[str, MinLen(1)] | None = None
     max_steps: Count = 100
     per_device_train_batch_size: Count = 32
-    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    optim: Literal["adamw_torch_fused", "adamw_torch", "sgd"] = "adamw_torch_fused"
     learning_rate: Positive = 1e-5
     lr_scheduler_type: Scheduler = "constant"
     warmup_steps: NotNegative = 0.0  # a share of them below 1

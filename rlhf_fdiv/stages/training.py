@@ -106,11 +106,11 @@ class Training:
         self.options: Any = options
         self.out, self.accelerator = out, accelerator
         trained = [p for p in policy.parameters() if p.requires_grad]
-        optimizer: torch.optim.Optimizer
+        settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
         if options.optim == "sgd":
-            optimizer = torch.optim.SGD(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, **settings)
         else:
-            optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
+            optimizer = torch.optim.AdamW(trained, **settings, fused=options.optim == "adamw_torch_fused")
         warmup = options.warmup_steps * (options.max_steps if options.warmup_steps < 1 else 1)
         scheduler = get_scheduler(options.lr_scheduler_type, optimizer, math.ceil(warmup), options.max_steps)
         # FSDP2 and ZeRO-3 shard the policy in place; what samples and what is saved needs all of it: a copy follows it
