@@ -23,7 +23,7 @@ import datasets
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import get_callable_name
 
@@ -33,7 +33,7 @@ from rlhf_fdiv.config import RunConfig, parse
 from rlhf_fdiv.config.files import merge
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.model_options import LoraOptions
-from rlhf_fdiv.models import load_tokenizer, merged
+from rlhf_fdiv.models import load_tokenizer, merged, under_adapter
 from rlhf_fdiv.rewards import RESERVED
 from rlhf_fdiv.stages.common import execute, prepare_process
 from rlhf_fdiv.tracking import RunFolder
@@ -86,20 +86,29 @@ def align(
     processing_class: Any = None,
     peft_config: dict[str, Any] | LoraConfig | None = None,
     reward_weights: list[float] | None = None,
+    reward_processing_classes: Any = None,
     eval_dataset: str | datasets.Dataset | None = None,
     **config: Any,
 ) -> Aligned:
     """Trains `model` on the prompts of `train_dataset` and, with an `eval_dataset`, measures it before and after.
 
     `model` is a folder, a hub name, a config's `model` section or a model in memory, which stays as it is; `reward_funcs`
-    one or a list of functions with TRL's signature, names of reward models, or scorers as a config has them; `divergence` a
-    name, a mapping or an f; `peft_config` peft's or the keys of `model.lora`; `output_dir` the run's folder. `config` takes
-    any other keys of a config file: `policy={"max_steps": 20}`, `objective="regularise"`. Raises UserError as the command
-    line does.
+    one or a list of functions with TRL's signature, reward models by name or in memory (with a tokenizer or None for each
+    in `reward_processing_classes`), or scorers as a config has them; `divergence` a name, a mapping or an f; `peft_config`
+    peft's or the keys of `model.lora`; `output_dir` the run's folder. `config` takes any other keys of a config file:
+    `policy={"max_steps": 20}`, `objective="regularise"`. Raises UserError as the command line does.
     """
     prepare_process()
     folder, keep = Path(output_dir).parent / str(config.get("name", Path(output_dir).name)), Keep()
-    scorers = _scorers(reward_funcs, reward_weights, {*(config.get("scorers") or {})})
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    tokenizers = reward_processing_classes
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
+    if len(tokenizers) != len(functions):
+        raise UserError(
+            f"reward_processing_classes: {len(tokenizers)} for {len(functions)} reward_funcs; give one for each"
+        )
+    functions = [_reward(x, tokenizer, folder, keep) for x, tokenizer in zip(functions, tokenizers, strict=True)]
+    scorers = _scorers(functions, reward_weights, {*(config.get("scorers") or {})})
     data = {k: rows for k, rows in (("train", train_dataset), ("eval", eval_dataset)) if rows is not None}
     if isinstance(divergence, divergences.Divergence):
         divergence = {"name": divergence.name} | {k: getattr(divergence, k) for k in divergences.parameters(divergence)}
@@ -130,16 +139,33 @@ def _model(model: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
         model = from_safetensors(AutoModelForCausalLM, model, dtype="auto")
     if not isinstance(model, torch.nn.Module):
         return model
+    return {"name_or_path": _saved(model, tokenizer, "model", folder, keep), "dtype": str(model.dtype)[len("torch.") :]}
+
+
+def _saved(model: Any, tokenizer: Any, kind: str, folder: Path, keep: Keep) -> str:
+    """Where a model in memory will be, its adapter merged, beside its tokenizer."""
     lm: Any = merged(model)
     tokenizer = tokenizer or load_tokenizer(lm.config.name_or_path)
     words = (sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template)
-    digest = hashlib.sha256(repr((lm.config.to_json_string(), words)).encode())
+    settings = {
+        k: v for k, v in lm.config.to_dict().items() if k not in ("architectures", "dtype")
+    }  # which saving sets
+    digest = hashlib.sha256(repr((type(lm).__name__, sorted(settings.items()), words)).encode())
     for name, weight in lm.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    path = folder / "given" / f"model-{digest.hexdigest()[:16]}"
+    path = folder / "given" / f"{kind}-{digest.hexdigest()[:16]}"
     keep[path] = lambda new: (lm.save_pretrained(new), tokenizer.save_pretrained(new))
-    return {"name_or_path": str(path), "dtype": str(lm.dtype).removeprefix("torch.")}
+    return str(path)
+
+
+def _reward(reward: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
+    """What `_scorers` takes: a reward model in memory as a scorer, anything else as it is."""
+    if not isinstance(reward, PreTrainedModel | PeftModel):
+        return reward
+    if "SequenceClassification" not in (kind := type(under_adapter(reward)).__name__) or reward.config.num_labels != 1:
+        raise UserError(f"reward_funcs: {kind} is no sequence classifier with one label, which a reward model is")
+    return {"name": "reward_model", "path": _saved(reward, tokenizer, "reward_model", folder, keep)}
 
 
 def _lora(config: dict[str, Any] | LoraConfig) -> dict[str, Any]:
@@ -172,9 +198,8 @@ def _prompts(rows: Any, argument: str, folder: Path, keep: Keep) -> str:
     return str(path / "prompts.parquet")
 
 
-def _scorers(functions: Any, weights: list[float] | None, taken: set[str]) -> dict[str, Any]:
+def _scorers(functions: list[Any], weights: list[float] | None, taken: set[str]) -> dict[str, Any]:
     """The config's `scorers`; what is to be maximised comes first, the sum of all where there are several or weights."""
-    functions = functions if isinstance(functions, list) else [functions]
     if not functions or len(functions) != len(weights or functions):
         raise UserError(f"reward_weights: {len(weights or [])} for {len(functions)} reward_funcs; give one for each")
     summed = len(functions) > 1 or weights is not None

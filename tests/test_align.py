@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from toy import perturbed
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.rewards import get_soft_overlong_punishment
 
 import rlhf_fdiv
@@ -220,6 +220,26 @@ def test_several_rewards_are_weighted_logged_and_may_leave_completions_out(small
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_reward_model_in_memory_scores_as_its_folder_does(small, start, tmp_path, adapter):
+    judge = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
+    judge.config.pad_token_id = load_tokenizer(start).pad_token_id
+    if adapter:
+        judge = get_peft_model(
+            judge, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+        )
+    given = small([judge, praise], reward_processing_classes=[load_tokenizer(start), None])
+    folder = tmp_path / "judge"
+    (copy.deepcopy(judge).merge_and_unload() if adapter else judge).save_pretrained(folder)
+    load_tokenizer(start).save_pretrained(folder)
+    by_name = small([str(folder), praise], output_dir=tmp_path / "by_name")
+    scores = [run.metrics[["reward", name]].to_numpy() for run, name in ((given, "reward_model"), (by_name, "judge"))]
+    assert (scores[0] == scores[1]).all()
+    assert scores[0].std() > 0
+    assert small([judge, praise]).path == given.path  # whose tokenizer is the one under its name
+
+
 def test_a_completion_that_no_reward_applies_to_is_an_error(small, tmp_path):
     def other(completions, **columns):
         return [None if i == 3 else 1.0 for i in range(len(completions))]
@@ -249,7 +269,11 @@ def test_mistakes_are_told_before_any_model_is_loaded_and_leave_nothing(small, s
     assert "reward_weights: 1 for 2 reward_funcs" in told([praise, in_part], reward_weights=[1.0])
     assert "0 reward_funcs" in told([])
     assert "reward_funcs: float is no function" in told(3.0)
-    assert "give a reward model by its folder" in told(AutoModelForCausalLM.from_pretrained(start))
+    lm = AutoModelForCausalLM.from_pretrained(start)
+    assert "LlamaForCausalLM is no sequence classifier with one label" in told(lm)
+    assert "reward_processing_classes: 1 for 2 reward_funcs" in told(
+        [praise, in_part], reward_processing_classes=[None]
+    )
     assert "target.beta" in told(beta=-1.0)
     assert "target.beta: unknown key" in told(target={"name": "pointwise", "scorer": "praise"})
     assert "praisee" in told(target={"name": "tilted", "reward": "praisee"})
