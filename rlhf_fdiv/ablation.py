@@ -71,6 +71,7 @@ def report(path: Path, overrides: list[str]) -> Path:
 
 def report_runs(folders: list[Path]) -> Path:
     """The same of any runs, beside them: nothing was named before, so nothing is tested."""
+    folders = [folder.resolve() for folder in folders]
     table = pd.DataFrame(map(comparison.read_run, folders))
     keys = [c.split(".")[1] for c in table if c.startswith("config.")]
     figures: dict[str, Any] = {c: [] for c in ("policy.objective", "policy.kl_reference") if c in table}

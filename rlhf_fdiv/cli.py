@@ -186,8 +186,7 @@ def report(
     from rlhf_fdiv import ablation
 
     paths = [Path(word) for word in words]
-    runs = all(path.is_dir() for path in paths)
-    out = ablation.report_runs(paths) if runs else ablation.report(paths[0], words[1:])
+    out = ablation.report_runs(paths) if paths[0].is_dir() else ablation.report(paths[0], words[1:])
     typer.echo(f"report: {out / 'report.html'}")
 
 

@@ -121,8 +121,10 @@ def cross_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def exact_frontier(table: pd.DataFrame) -> pd.DataFrame:
     """The most reward at each KL, where the runs' language was enumerated; empty elsewhere."""
-    found = [json.loads(value) for value in table.get("exact.frontier", pd.Series(dtype=str)).dropna().unique()]
-    return pd.DataFrame(found[0] if len(found) == 1 else [])
+    texts = table.get("exact.frontier", pd.Series(dtype=str)).dropna().unique()
+    found = [pd.DataFrame(json.loads(text)) for text in texts]  # of one reward, but for the rounding of β · (r/β)
+    same = all(x.shape == found[0].shape and np.allclose(x, found[0], rtol=1e-4, atol=1e-6) for x in found)
+    return found[0] if found and same else pd.DataFrame()
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import yaml
 from annotated_types import MinLen
 from pydantic import ConfigDict
 
@@ -22,7 +23,7 @@ from rlhf_fdiv import config as configs
 from rlhf_fdiv.comparison import measured, samples_of
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.config.checks import STRICT, validate
-from rlhf_fdiv.config.files import find_config, read_yaml
+from rlhf_fdiv.config.files import Dumper, find_config, read_yaml
 from rlhf_fdiv.divergences import label
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.tracking import MADE_FROM, RunFolder, is_finished, touches, write_atomically
@@ -214,7 +215,10 @@ def _cells(
 
 def _cell(ablation: Ablation, values: dict[str, Any], folder: Path, more: dict[str, Any]) -> Cell:
     settings = {**ablation.overrides, **values, **more, "output_dir": str(folder), "name": _label(values, values)}
-    config = configs.load(ablation.config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    texts = {
+        key: yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=math.inf) for key, value in settings.items()
+    }
+    config = configs.load(ablation.config, [f"{key}={text}" for key, text in texts.items()])
     if config.push_to_hub:
         raise UserError(
             "push_to_hub: every cell of a grid would go into this one repository; push the best by its own run"

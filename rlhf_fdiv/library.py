@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import operator
 import re
 import sys
@@ -31,7 +32,7 @@ from rlhf_fdiv import divergences
 from rlhf_fdiv.assets import build_once
 from rlhf_fdiv.config import RunConfig, parse
 from rlhf_fdiv.config.files import merge
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.errors import UserError, told_as
 from rlhf_fdiv.model_options import LoraOptions
 from rlhf_fdiv.models import load_tokenizer, merged, under_adapter
 from rlhf_fdiv.rewards import RESERVED
@@ -100,7 +101,10 @@ def align(
     """
     prepare_process()
     folder, keep = Path(output_dir).parent / str(config.get("name", Path(output_dir).name)), Keep()
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if not functions:
+        raise UserError("reward_funcs: is empty; give at least one")
+    weights = None if reward_weights is None else [float(weight) for weight in reward_weights]
     tokenizers = reward_processing_classes
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
     if len(tokenizers) != len(functions):
@@ -108,10 +112,11 @@ def align(
             f"reward_processing_classes: {len(tokenizers)} for {len(functions)} reward_funcs; give one for each"
         )
     functions = [_reward(x, tokenizer, folder, keep) for x, tokenizer in zip(functions, tokenizers, strict=True)]
-    scorers = _scorers(functions, reward_weights, {*(config.get("scorers") or {})})
+    scorers = _scorers(functions, weights, {*(config.get("scorers") or {})})
     data = {k: rows for k, rows in (("train", train_dataset), ("eval", eval_dataset)) if rows is not None}
     if isinstance(divergence, divergences.Divergence):
-        divergence = {"name": divergence.name} | {k: getattr(divergence, k) for k in divergences.parameters(divergence)}
+        with told_as("divergence"):
+            divergence = divergences.spec_of(divergence)
     raw = {
         "name": folder.name,
         "output_dir": str(folder.parent),
@@ -135,28 +140,41 @@ def align(
 
 def _model(model: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
     """The config's `model`."""
-    if isinstance(model, str) and tokenizer is not None:
-        model = from_safetensors(AutoModelForCausalLM, model, dtype="auto")
+    section = {"name_or_path": model} if isinstance(model, str) else model if isinstance(model, dict) else {}
+    if section and tokenizer is None:
+        return model
+    if "name_or_path" in section:
+        model = from_safetensors(AutoModelForCausalLM, section["name_or_path"], dtype="auto")
     if not isinstance(model, torch.nn.Module):
         return model
-    return {"name_or_path": _saved(model, tokenizer, "model", folder, keep), "dtype": str(model.dtype)[len("torch.") :]}
+    path = _saved(model, tokenizer, "processing_class", folder, keep)
+    return {"dtype": str(model.dtype).removeprefix("torch."), **section, "name_or_path": path}
 
 
-def _saved(model: Any, tokenizer: Any, kind: str, folder: Path, keep: Keep) -> str:
-    """Where a model in memory will be, its adapter merged, beside its tokenizer."""
+def _saved(model: Any, tokenizer: Any, argument: str, folder: Path, keep: Keep) -> str:
+    """Where a model in memory will be, its adapter merged, beside its tokenizer, for which there is an `argument`."""
     lm: Any = merged(model)
+    if tokenizer is None and not lm.config.name_or_path:
+        raise UserError(f"{argument}: is required, since the {type(lm).__name__} in memory was loaded from nowhere")
     tokenizer = tokenizer or load_tokenizer(lm.config.name_or_path)
-    words = (sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template)
-    settings = {
-        k: v for k, v in lm.config.to_dict().items() if k not in ("architectures", "dtype")
-    }  # which saving sets
-    digest = hashlib.sha256(repr((type(lm).__name__, sorted(settings.items()), words)).encode())
+    path = folder / "given" / f"{argument.replace('processing_class', 'model')}-{_digest(lm, tokenizer)[:16]}"
+    keep[path] = lambda new: (lm.save_pretrained(new), tokenizer.save_pretrained(new))
+    return str(path)
+
+
+def _digest(lm: Any, tokenizer: Any) -> str:
+    """Of all that could change a result, and of nothing that saving or tokenizing sets."""
+    rules: Any = sorted(tokenizer.get_vocab().items())
+    if own := getattr(tokenizer, "backend_tokenizer", None):
+        rules = json.loads(own.to_str()) | {"padding": None, "truncation": None}
+    words = (rules, tokenizer.special_tokens_map, tokenizer.chat_template)
+    settings = {k: v for k, v in lm.config.to_dict().items() if k not in ("architectures", "dtype")}
+    stops = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    digest = hashlib.sha256(repr((type(lm).__name__, sorted(settings.items()), stops, words)).encode())
     for name, weight in lm.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    path = folder / "given" / f"{kind}-{digest.hexdigest()[:16]}"
-    keep[path] = lambda new: (lm.save_pretrained(new), tokenizer.save_pretrained(new))
-    return str(path)
+    return digest.hexdigest()
 
 
 def _reward(reward: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
@@ -165,7 +183,7 @@ def _reward(reward: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
         return reward
     if "SequenceClassification" not in (kind := type(under_adapter(reward)).__name__) or reward.config.num_labels != 1:
         raise UserError(f"reward_funcs: {kind} is no sequence classifier with one label, which a reward model is")
-    return {"name": "reward_model", "path": _saved(reward, tokenizer, "reward_model", folder, keep)}
+    return {"name": "reward_model", "path": _saved(reward, tokenizer, "reward_processing_classes", folder, keep)}
 
 
 def _lora(config: dict[str, Any] | LoraConfig) -> dict[str, Any]:
@@ -192,7 +210,8 @@ def _prompts(rows: Any, argument: str, folder: Path, keep: Keep) -> str:
             f"{argument}: must be a datasets.Dataset with a column 'prompt', or the name of one, not {found}"
         )
     content = io.BytesIO()
-    pq.write_table(rows.with_format("arrow")[:].replace_schema_metadata(None), content)
+    with told_as(f"{argument}: cannot be written as Parquet"):  # which has no column of empty mappings
+        pq.write_table(rows.with_format("arrow")[:].replace_schema_metadata(None), content)
     path = folder / "given" / f"{argument}-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}"
     keep[path] = lambda new: (new / "prompts.parquet").write_bytes(content.getvalue())
     return str(path / "prompts.parquet")
@@ -200,8 +219,8 @@ def _prompts(rows: Any, argument: str, folder: Path, keep: Keep) -> str:
 
 def _scorers(functions: list[Any], weights: list[float] | None, taken: set[str]) -> dict[str, Any]:
     """The config's `scorers`; what is to be maximised comes first, the sum of all where there are several or weights."""
-    if not functions or len(functions) != len(weights or functions):
-        raise UserError(f"reward_weights: {len(weights or [])} for {len(functions)} reward_funcs; give one for each")
+    if weights is not None and len(functions) != len(weights):
+        raise UserError(f"reward_weights: {len(weights)} for {len(functions)} reward_funcs; give one for each")
     summed = len(functions) > 1 or weights is not None
     taken, named = taken | RESERVED | ({"reward"} if summed else set()), dict[str, Any]()
 
@@ -213,6 +232,8 @@ def _scorers(functions: list[Any], weights: list[float] | None, taken: set[str])
     for function in functions:
         if isinstance(function, dict):
             named[free(str(function.get("name")))] = function
+        elif isinstance(function, str) and ":" in function:
+            named[free(function.rpartition(":")[2])] = {"name": function}
         elif isinstance(function, str):
             named[free(Path(function).name)] = {"name": "reward_model", "path": function}
         elif callable(function) and not isinstance(function, torch.nn.Module):

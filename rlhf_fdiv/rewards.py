@@ -177,8 +177,8 @@ class Scorers:
 
     def __init__(self, specs: dict[str, Any], device: torch.device, targets: Iterable[str] = ()) -> None:
         self.specs, self.device = specs, device
-        parts = {part for spec in specs.values() if isinstance(spec, Sum) for part in spec.of}
-        self._may_lack = parts - {*targets}
+        self._needed = {*targets}
+        self._summed = {part for spec in specs.values() if isinstance(spec, Sum) for part in spec.of}
         self.names = list(specs)
         self._open: dict[str, Score] = {}
 
@@ -214,13 +214,19 @@ class Scorers:
             values = _told(name, collected, started[name])
             return _checked(name, values, completions, getattr(spec, "clip", None)).to(self.device)
 
-        for name in set(names) - self._may_lack:
+        for name in (n for n in names if not self._may_lack(n)):
             for row in scores(name).isnan().nonzero().flatten().tolist():
                 raise UserError(
                     f"scorer {name!r} does not apply to completion {row}, {completions[row]!r:.200}: None is for the "
                     "parts of a `sum`, and for each completion at least one of them must give a number"
                 )
         return {name: scores(name) for name in names}
+
+    def _may_lack(self, name: str) -> bool:
+        """Whether a scorer may leave completions out: a part of a `sum`, or a threshold over one, and of no target."""
+        spec = self.specs[name]
+        over = isinstance(spec, Threshold) and self._may_lack(spec.of)
+        return name not in self._needed and (over or name in self._summed)
 
 
 def _told(name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -229,7 +235,7 @@ def _told(name: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}") from error
 
 
@@ -262,6 +268,7 @@ explained_variance distinct_1 distinct_2 distinct_3 self_bleu bleu rouge_l perpl
 acceptance tv tv_bound kl_target kl_bound value method log_b
 """
 RESERVED = frozenset(_FIGURES.split())
+_ENDS = ("_gain_se", "_gain", "_se")  # of figures that stand beside a score
 
 
 def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
@@ -270,6 +277,11 @@ def check_scorers(specs: dict[str, Any], used: tuple[str, ...]) -> list[str]:
     for name, spec in specs.items():
         if name in RESERVED:
             problems.append(f"scorers.{name}: a figure of every report has this name; call it {name}_score")
+        of, end = next(((name.removesuffix(end), end) for end in _ENDS if name.endswith(end)), ("", ""))
+        if of in specs or of in RESERVED:
+            problems.append(
+                f"scorers.{name}: `{end}` is how reports name an error or a gain of {of!r}; give it another name"
+            )
         for part in getattr(spec, "parts", ()):
             if part not in specs:
                 problems.append(f"scorers.{name}.of: {part!r} is not another scorer{did_you_mean(part, specs)}")

@@ -24,6 +24,7 @@ from rlhf_fdiv.config import STAGES, RunConfig, differences, dump, parse, to_dic
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.data import file_hash
 from rlhf_fdiv.errors import UserError, told_as
+from rlhf_fdiv.rewards import with_parts
 
 # may change between two calls of one run
 _FREE_KEYS = ("stages", "resume", "report_to", "output_dir", "policy.vllm", "push_to_hub", "hub_private_repo")
@@ -36,9 +37,9 @@ MADE_FROM = {  # the keys that what a stage makes depends on
 }
 
 
-def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any], but_for: str = "") -> str:
+def _made_otherwise(stage: str, old: dict[str, Any], new: dict[str, Any], but_for: str = "", also: Any = ()) -> str:
     """Where two configs differ in what a stage is made from, in words."""
-    keys = [key for key in MADE_FROM.get(stage, ()) if key != but_for]
+    keys = [key for key in (*MADE_FROM.get(stage, ()), *also) if key != but_for]
     return "; ".join(line for line in differences(old, new, _FREE_KEYS) if touches(line.partition(":")[0], keys))
 
 
@@ -95,8 +96,10 @@ class RunFolder:
     def _set_aside(self, resume: str, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Renames the stages from `resume` on; those before it must be as they would be made now."""
         first = STAGES.index(resume)
+        paid = with_parts(self.config.target.scorers, self.config.scorers)
         for stage in STAGES[:first]:
-            if self.stage(stage).exists() and (changed := _made_otherwise(stage, old, new)):
+            also = [f"scorers.{name}" for name in paid] if stage == "policy" else []
+            if self.stage(stage).exists() and (changed := _made_otherwise(stage, old, new, also=also)):
                 raise UserError(
                     f"{self.path}: its {stage} stage was made with another config ({changed}), and "
                     f"resume={resume} would keep it: resume={stage} runs it again, or give the run a new name=…"
@@ -164,7 +167,10 @@ class RunFolder:
         data = {k: v for k, v in config["data"].items() if v}
         data |= {f"scorers.{name}.data": spec["data"] for name, spec in config["scorers"].items() if "data" in spec}
         manifest |= environment() | {"name": config["name"], "seed": config["seed"]}
-        manifest["data_sha256"] = {k: file_hash(v) for k, v in data.items()}
+        elsewhere = {key for keys in MADE_FROM.values() for key in keys} - {*MADE_FROM.get(stage, ())}
+        before = manifest.get("data_sha256", {})  # of what another stage has read, as it was then
+        kept = {k: v for k, v in before.items() if k in data and f"data.{k}" in elsewhere}
+        manifest["data_sha256"] = {k: kept[k] if k in kept else file_hash(v) for k, v in data.items()}
         manifest["wall_seconds"][stage] = seconds
         write_atomically(path, json.dumps(manifest, indent=2))
 

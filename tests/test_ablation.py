@@ -321,3 +321,10 @@ def test_what_is_wrong_is_told_before_anything_runs(make, tmp_path, raw, words):
     assert all(word in said for word in words), said
     assert not (tmp_path / "runs").exists()
     assert yaml.safe_load((tmp_path / "grid.yaml").read_text())
+
+
+@pytest.mark.parametrize("text", ["😀", "a\u2028b", "1:30", "010", "é, {x}", "a: b # c", "'\"", "null", "x" * 300])
+def test_a_value_reaches_its_cell_as_it_stands(make, text):
+    path = make(POLICY, grid={"scorers.praise": [{"name": "pattern", "pattern": text}]})
+    (cell,) = grid.grid_cells(grid.load(path))
+    assert cell.config.scorers["praise"].pattern == text

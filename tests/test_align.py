@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers.normalizers import Lowercase
 from toy import perturbed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.rewards import get_soft_overlong_punishment
@@ -31,6 +33,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "library.md"
 
 def praise(prompts, completions, worth=1.0, **columns):
     return [worth * float(bool(re.search(tiny.PATTERN, c))) for c in completions]
+
+
+class Half(divergences.family.ReverseKL):
+    """Not registered, and known by its path alone."""
+
+    name = "half"
 
 
 @pytest.fixture
@@ -136,6 +144,46 @@ def test_an_adapter_trains_by_config_and_one_in_memory_is_merged(small, start, t
     (kept,) = (made.path / "given").glob("model-*")
     assert tiny.same({k: merged[k] for k in tiny.weights(kept)}, tiny.weights(kept))
     assert made.config.model.lora is None
+
+
+def test_what_a_tokenizer_or_model_in_memory_was_changed_in_is_another_run(small, start):
+    lm, words = AutoModelForCausalLM.from_pretrained(start), load_tokenizer(start)
+    made = small(model=lm, processing_class=words)
+    words(
+        ["a", "b c"], padding=True, truncation=True, max_length=2
+    )  # which the tokenizer remembers, and changes no result
+    assert small(model=lm, processing_class=words).path == made.path
+    lm.generation_config.eos_token_id = [1, 2]
+    assert "another config" in tiny.problems(functools.partial(small, model=lm, processing_class=words))[0]
+    lm, other = AutoModelForCausalLM.from_pretrained(start), load_tokenizer(start)
+    other.backend_tokenizer.normalizer = Lowercase()
+    assert "another config" in tiny.problems(functools.partial(small, model=lm, processing_class=other))[0]
+    lm.config._name_or_path = ""
+    assert tiny.problems(functools.partial(small, model=lm))[0].startswith(
+        "processing_class: is required, since the LlamaForCausalLM in memory"
+    )
+
+
+def test_a_model_section_takes_a_tokenizer_too(small, start):
+    words = load_tokenizer(start)
+    words.chat_template = "{{ messages[0].content }}"
+    made = small(model={"name_or_path": start, "dtype": "float64"}, processing_class=words)
+    assert made.processing_class.chat_template == words.chat_template
+    assert made.config.model.dtype == "float64"
+
+
+@pytest.mark.parametrize("f", [
+    divergences.get("js", unit_curvature=True), Half(), divergences.get("alpha", alpha=0.3),
+    divergences.get("mixture", components=["js", {"name": "alpha", "alpha": 2}], weights=[0.5, 1.0]),
+], ids=divergences.label)  # fmt: skip
+def test_an_f_in_memory_stands_in_the_config_as_what_makes_it_again(f):
+    spec = divergences.spec_of(f)
+    assert divergences.get(yaml.safe_load(yaml.safe_dump(spec))) == f
+
+
+def test_an_f_that_no_config_can_name_is_an_error(small):
+    (message,) = tiny.problems(functools.partial(small, divergence=divergences.Scaled(divergences.get("js"), 3.0)))
+    assert message.startswith("divergence: 3·js: a config can scale an f by 1/f''(1) alone")
 
 
 def test_a_divergence_in_memory_and_a_model_by_name_with_another_tokenizer(small, start):
@@ -267,7 +315,7 @@ def test_mistakes_are_told_before_any_model_is_loaded_and_leave_nothing(small, s
     assert "policy.max_step: unknown key; did you mean 'max_steps'?" in told(policy={"max_step": 3})
     assert "did you mean 'reverse_kl'?" in told(divergence="reverse_k1")
     assert "reward_weights: 1 for 2 reward_funcs" in told([praise, in_part], reward_weights=[1.0])
-    assert "0 reward_funcs" in told([])
+    assert "reward_funcs: is empty" in told([])
     assert "reward_funcs: float is no function" in told(3.0)
     lm = AutoModelForCausalLM.from_pretrained(start)
     assert "LlamaForCausalLM is no sequence classifier with one label" in told(lm)
@@ -276,6 +324,8 @@ def test_mistakes_are_told_before_any_model_is_loaded_and_leave_nothing(small, s
     )
     assert "target.beta" in told(beta=-1.0)
     assert "target.beta: unknown key" in told(target={"name": "pointwise", "scorer": "praise"})
+    empty = Dataset.from_list([{"prompt": "a", "info": {}}])
+    assert "train_dataset: cannot be written as Parquet" in told(train_dataset=empty)
     assert "praisee" in told(target={"name": "tilted", "reward": "praisee"})
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from test_ablation import POLICY, make  # noqa: F401
 from tiny import problems
 
 import rlhf_fdiv
+import rlhf_fdiv.ablation
 from rlhf_fdiv import comparison
 from rlhf_fdiv.comparison import compare, summarise, training_curves
 from rlhf_fdiv.metrics import best_of_n, best_of_n_kl
@@ -253,3 +255,29 @@ def test_cells_that_have_not_run_are_named(make, tmp_path, call):  # noqa: F811
     tiny.run(call("ablate", str(path), "--print-commands")[1].splitlines()[0].split()[-1])
     assert call("report", str(path))[0] == 0
     assert "No finished run: tv." in (tmp_path / "runs" / "ab" / "comparison" / "report.md").read_text()
+
+
+def test_the_optimum_is_one_for_runs_of_one_reward_whatever_their_beta_rounds_it_to(tmp_path):
+    rows = [{"beta": 0.1 * i, "reward": 0.3 * i, "kl_reference": 1.0 / i} for i in range(1, 5)]
+    rounded = [{k: v * (1 + 1e-7) for k, v in row.items()} for row in rows]
+    other = [{k: v * 1.1 for k, v in row.items()} for row in rows]
+
+    def frontier(*values):
+        return comparison.exact_frontier(pd.DataFrame({"exact.frontier": [json.dumps(v) for v in values]}))
+
+    assert frontier(rows, rounded, rows).to_dict("records") == rows
+    assert (
+        len(frontier(rows, other))
+        == 0
+        == len(frontier(rows, rows[:2]))
+        == len(comparison.exact_frontier(pd.DataFrame()))
+    )
+
+
+def test_runs_named_by_relative_and_absolute_folders_are_compared_together(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(comparison, "read_run", lambda folder: {"run": str(folder)})
+    monkeypatch.setattr(rlhf_fdiv.ablation, "_write", lambda out, *content: found.append(out))
+    monkeypatch.chdir(tmp_path)
+    rlhf_fdiv.ablation.report_runs([Path("runs/a"), tmp_path / "runs" / "b"])
+    assert found == [tmp_path / "runs" / "comparison"]

@@ -198,10 +198,21 @@ def test_a_model_given_as_a_name_keeps_the_base_files_dtype_and_lora(write, over
     assert config.model == ModelOptions("other/model", "bfloat16", LoraOptions(r=4))
 
 
-def test_regularise_takes_its_beta_from_the_target_unless_it_has_its_own():
-    target = {"name": "tilted", "beta": 0.3}
-    assert parse(raw(objective="regularise", target=target)).objective == Regularise(0.3)
-    assert parse(raw(objective={"name": "regularise", "beta": 0.5}, target=target)).objective == Regularise(0.5)
+def test_the_beta_of_regularise_and_of_its_tilted_target_are_one():
+    """r/β is the potential and r − β·f' the pseudo-reward: two of them would scale a reward that nobody asked for."""
+    for betas in (
+        {"target": {"beta": 0.3}},
+        {"objective": {"beta": 0.3}},
+        {"target": {"beta": 0.3}, "objective": {"beta": 0.3}},
+    ):
+        config = parse(raw(objective={"name": "regularise", **betas.get("objective", {})},
+                           target={"name": "tilted", **betas.get("target", {})}))  # fmt: skip
+        assert (config.objective, config.target.beta, config.beta) == (Regularise(0.3), 0.3, 0.3)
+        assert parse(configs.to_dict(config)) == config
+    both = raw(objective={"name": "regularise", "beta": 0.5}, target={"name": "tilted", "beta": 0.3})
+    assert problems(parse, both) == ("objective.beta: 0.5, and target.beta is 0.3; they are one β, set one",)
+    moments = {"name": "moments", "moments": {"reward": 1.0}}
+    assert parse(raw(objective={"name": "regularise", "beta": 0.5}, target=moments)).objective == Regularise(0.5)
 
 
 # reading YAML
@@ -212,6 +223,13 @@ def test_a_small_number_is_a_number_in_files_and_overrides(write, text):
     for value in (read_yaml(write("a.yaml", f"a: {text}"))["a"], with_overrides({}, [f"a={text}"])["a"]):
         assert isinstance(value, float)
         assert value == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("text", ["010", "-07", "1:30", "1_0:30:00"])
+def test_numbers_that_are_not_what_they_look_like_are_refused(write, text):
+    for (message,) in (problems(read_yaml, write("a.yaml", f"a: {text}")), problems(with_overrides, {}, [f"a={text}"])):
+        assert f"{text} is no decimal number" in message
+    assert with_overrides({}, [f"a='{text}'", "b=0", "c=10", "d=0x10"]) == {"a": text, "b": 0, "c": 10, "d": 16}
 
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "a: {b: 1, b: 1}", "a: [{b: 1, b: 2}]", "a: 1\nb: 2\n'a': 3"])

@@ -206,6 +206,11 @@ def test_duplicates_of_a_sample_add_nothing_to_what_the_distinct_ones_know(f):
     assert D.clustered_error(s.repeat_interleave(4), groups) > 1.9 * D.clustered_error(s.repeat(4), torch.arange(1200))
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_clustered_error_of_fewer_than_two_groups_is_not_known(count):
+    assert math.isnan(D.clustered_error(torch.ones(3 * count), torch.zeros(3 * count)))
+
+
 def test_the_clustered_error_is_that_of_the_sums_over_groups_whatever_their_names_and_order():
     x, groups = T(1, 5, 2, 8, 3, 4), torch.tensor([70, -1, 70, 3, -1, 3])
     sums = np.array([3, 8, 12]) - 2 * x.mean().item()

@@ -6,10 +6,14 @@ import math
 import pytest
 import tiny
 import torch
-from toy import EOS, LENGTH, PROMPTS, TEXTS, VOCAB, exact_log_probs, language
+from toy import EOS, LENGTH, PROMPTS, TEXTS, VOCAB, exact_log_probs, language, perturbed
+from transformers import AutoModelForCausalLM
 
 from rlhf_fdiv import assets, metrics
 from rlhf_fdiv.config import load
+from rlhf_fdiv.data import PROMPTS as PROMPT
+from rlhf_fdiv.data import read_rows
+from rlhf_fdiv.models import load_tokenizer
 
 
 def test_all_texts_are_those_of_the_language_once_each():
@@ -39,6 +43,15 @@ def test_recall_and_precision_by_hand():
     assert found["reward"] == pytest.approx(0.94)
     assert found["target"]["reward"] == pytest.approx(1.7)
     assert found["kl_reference"] == pytest.approx(0.9 * math.log(1.8) + 0.08 * math.log(0.32) + 0.02 * math.log(0.08))
+
+
+def test_a_target_with_zeros_has_figures():
+    log = lambda *x: torch.tensor([x], dtype=torch.float64).log()  # noqa: E731
+    reward = torch.tensor([[1.0, -math.inf, 2.0]], dtype=torch.float64)
+    found = metrics.exact_report([], log(0.9, 0.0, 0.1), log(0.5, 0.25, 0.25), log(0.5, 0.0, 0.5), reward)
+    assert found["target"]["reward"] == pytest.approx(1.5)
+    assert found["target"]["kl_reference"] == pytest.approx(0.5 * math.log(2))
+    assert found["reward"] == pytest.approx(1.1)
 
 
 def test_no_policy_is_above_the_frontier():
@@ -77,6 +90,27 @@ def test_a_toy_run_measures_without_an_estimate_what_its_samples_estimate(tmp_pa
     assert exact["objective"] == pytest.approx(exact["reward"] - beta * exact["kl_reference"])
     gap = exact["target"]["reward"] - beta * exact["target"]["kl_reference"] - exact["objective"]
     assert gap == pytest.approx(beta * exact["to_target"]["reverse_kl"], abs=1e-5), "E[r] − β·KL is β·(log Z − KL(π‖p))"
+
+
+def test_after_distil_the_target_is_the_teacher(tmp_path):
+    teacher = perturbed(AutoModelForCausalLM.from_pretrained(assets.toy()), scale=0.03)
+    teacher.save_pretrained(tmp_path / "teacher")
+    load_tokenizer("toy").save_pretrained(tmp_path / "teacher")
+    distil = f"distil={{teacher: {tmp_path}/teacher, max_steps: 2, max_completion_length: 5, num_prompts: 4}}"
+    out = tiny.run("configs/toy.yaml", "objective=distil", "stages=[distil, evaluate]", distil, f"output_dir={tmp_path}",
+                   "evaluate.num_generations=4")  # fmt: skip
+    exact = json.loads((out.path / "evaluate" / "metrics.json").read_text())["exact"]
+    prompts = load_tokenizer("toy")(
+        [row["prompt"] for row in read_rows(load("configs/toy.yaml").data.prompts_eval, PROMPT)]
+    )
+    texts = metrics.all_texts(6, [load_tokenizer("toy").eos_token_id], 5)
+    student = AutoModelForCausalLM.from_pretrained(out.path / "distil" / "model")
+    log_pi, log_q = (
+        metrics.log_probs_of_all(lm.eval(), prompts["input_ids"], texts, 1024) for lm in (student, teacher)
+    )
+    kl = float((log_pi.exp() * (log_pi - log_q)).sum(1).mean())
+    assert exact["to_target"]["reverse_kl"] == pytest.approx(kl, rel=1e-3)
+    assert kl > 1e-3
 
 
 def test_what_cannot_be_enumerated_is_said(start, data, tmp_path):

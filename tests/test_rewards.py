@@ -283,6 +283,8 @@ def test_a_sum_weights_its_parts_and_leaves_out_what_does_not_apply():
     assert scores["sum"].tolist() == [2.0 - 0.5 + 0.0, -1.0, 4.0 - 0.5 + 1.0]
     assert scores["of_sum"].tolist() == [1.0, 0.0, 1.0]
     assert scores["some"].isnan().tolist() == scores["high"].isnan().tolist() == [False, True, False]
+    alone = Scorers({k: specs[k] for k in ("sum", "some", "length")} | {"over": Threshold("some")}, CPU)
+    assert alone(["over"], ["p"] * 3, ["1", "none a", "2"])["over"].isnan().tolist() == [False, True, False]
     for name, among in (("lone", scorers), ("some", Scorers(specs, CPU, targets=["some"]))):
         with pytest.raises(UserError, match=f"'{name}' does not apply to completion 1, 'none a'"):
             among([name], ["p"] * 3, ["1", "none a", "2"])
@@ -400,6 +402,9 @@ def test_check_scorers_names_unknown_ones_of_targets_and_thresholds():
     assert len(found) == 2
     assert all("did you mean 'reward'?" in p for p in found)
     assert check_scorers({"reward": Length(), "t": Threshold("reward")}, ("t",)) == []
+    for taken, of in (("a_se", "a"), ("a_gain", "a"), ("a_gain_se", "a"), ("objective_gain", "objective")):
+        assert f"an error or a gain of '{of}'" in check_scorers({"a": Length(), taken: Length()}, ())[0]
+    assert check_scorers({"a": Length(), "b_se": Length()}, ()) == []
     circle = check_scorers({"s": Sum({"t": 1.0, "gone": 1.0}), "t": Threshold("s"), "u": Threshold("t")}, ())
     assert [p.split(":")[0] for p in circle] == ["scorers.s.of", "scorers.s.of", "scorers.t.of"]
     assert "'gone' is not another scorer" in circle[1]

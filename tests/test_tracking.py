@@ -136,6 +136,7 @@ def test_what_was_moved_aside_stays_when_it_happens_again(run):
         ("policy", "reward.l2=3", "reward"),
         ("evaluate", "policy.learning_rate=1e-4", "policy"),
         ("evaluate", "divergence=js", "policy"),
+        ("evaluate", "scorers={reward: {name: reward_model, clip: [-1.0, 1.0]}}", "policy"),
     ],
 )
 def test_resume_cannot_change_what_an_earlier_stage_was_made_with(run, resume, change, mend):
@@ -205,6 +206,19 @@ def test_the_manifest_says_what_ran_with_what(run, tmp_path):
     assert manifest["wall_seconds"].keys() == {"sft", "evaluate"}
     assert {"python", "torch", "transformers", "trl", "rlhf_fdiv"} <= manifest["versions"].keys()
     assert all(manifest["versions"].values())
+
+
+def test_the_manifest_keeps_the_hash_of_the_data_that_a_stage_has_read(run, tmp_path):
+    paths = {key: tmp_path / f"{key}.jsonl" for key in ("sft_train", "prompts_eval")}
+    for path in paths.values():
+        path.write_text('{"prompt": "a"}')
+    folder = finish(run(*(f"data.{key}={path}" for key, path in paths.items())), "sft")
+    before = json.loads((folder.path / "manifest.json").read_text())["data_sha256"]
+    for path in paths.values():
+        path.write_text('{"prompt": "b"}')
+    finish(folder, "evaluate")
+    after = json.loads((folder.path / "manifest.json").read_text())["data_sha256"]
+    assert {key: before[key] == after[key] for key in paths} == {"sft_train": True, "prompts_eval": False}
 
 
 def test_the_manifest_needs_no_git(monkeypatch, tmp_path):

@@ -86,9 +86,14 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     values["stages"] = [stage for stage in STAGES if stage in stages]
     parts = [*(values.get(key) for key in ("name", *_SECTIONS, *_CHOICES)), *values["scorers"].values(), *fs.values()]
     if all(part is not None for part in parts):  # what contradicts what can only be told of whole parts
-        if isinstance(values["objective"], OBJECTIVES["regularise"]) and "beta" not in raw.get("objective", ()):
-            beta = getattr(values["target"], "beta", values["objective"].beta)
-            values["objective"] = dataclasses.replace(values["objective"], beta=beta)
+        if isinstance(values["objective"], OBJECTIVES["regularise"]) and hasattr(values["target"], "beta"):
+            given = [key for key in ("objective", "target") if "beta" in raw.get(key, ())]  # they are one β, of r/β
+            beta = values[given[0] if given else "target"].beta
+            if any(values[key].beta != beta for key in given):
+                problems.append(
+                    f"objective.beta: {beta:g}, and target.beta is {values['target'].beta:g}; they are one β, set one"
+                )
+            values |= {key: dataclasses.replace(values[key], beta=beta) for key in ("objective", "target")}
         config = RunConfig(**values)
         problems += _conflicts(config)
     if problems:

@@ -52,6 +52,10 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    if re.fullmatch("[-+]?0[0-9_]+|.*:.*", node.value):  # which YAML 1.1 takes for octal, and for minutes and seconds
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value} is no decimal number; write one, or quote it as text"
+        )
     value: int = loader.construct_yaml_int(node)
     if abs(value) >= 2**1000:  # beyond what a float can hold, or Python will print
         raise yaml.constructor.ConstructorError(None, None, "a number too large", node.start_mark)

@@ -10,9 +10,9 @@ Sources: Csiszár & Shields 2004; Go et al. 2023 (arXiv 2302.08215, f-DPG); Huan
 from rlhf_fdiv.divergences.base import Divergence, Dual, Scaled, label, parameters
 from rlhf_fdiv.divergences.measure import Estimate, clustered_error, estimate, exact, perspective
 from rlhf_fdiv.divergences.proofs import check
-from rlhf_fdiv.divergences.registry import divergence_class, get, names, register, summary
+from rlhf_fdiv.divergences.registry import divergence_class, get, names, register, spec_of, summary
 
 __all__ = [
     "Divergence", "Dual", "Estimate", "Scaled", "check", "clustered_error", "divergence_class", "estimate", "exact",
-    "get", "label", "names", "parameters", "perspective", "register", "summary",
+    "get", "label", "names", "parameters", "perspective", "register", "spec_of", "summary",
 ]  # fmt: skip

@@ -116,9 +116,9 @@ def _normal_skewness(f: Divergence, s: Tensor) -> float:
 
 
 def clustered_error(x: Tensor, groups: Tensor) -> float:
-    """The standard error of mean(x) when the samples of one group are dependent; [N], [N] → float."""
-    _, index = torch.unique(groups, return_inverse=True)
-    count = int(index.max()) + 1
+    """The standard error of mean(x) when the samples of one group are dependent, nan of fewer than two; [N], [N] → float."""
+    kinds, index = torch.unique(groups, return_inverse=True)
+    count = len(kinds)
     if count < 2:
         return math.nan
     residual = torch.zeros(count, dtype=torch.float64).index_add(0, index, (x - x.mean()).double())

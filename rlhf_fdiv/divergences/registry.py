@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +60,23 @@ def get(spec: str | Mapping[str, Any] | Divergence, **params: Any) -> Divergence
     )
     f = cls(**{key: _value(name, key, value, types[key]) for key, value in options.items()})
     return _scaled(f, unit_curvature)
+
+
+def spec_of(f: Divergence) -> dict[str, Any]:
+    """The mapping of which `get` makes this f, as a config has it. ValueError for one scaled by other than 1/f''(1)."""
+    if type(f) is Scaled:
+        if not math.isclose(f.factor * f.of.curvature, 1):
+            raise ValueError(f"{label(f)}: a config can scale an f by 1/f''(1) alone, as unit_curvature")
+        return spec_of(f.of) | {"unit_curvature": True}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(x) for x in value]
+        return spec_of(value) if isinstance(value, Divergence) else value
+
+    cls = type(f)
+    name = f.name if _REGISTRY.get(f.name) is cls else f"{cls.__module__}:{cls.__qualname__}"
+    return {"name": name} | {key: plain(getattr(f, key)) for key in parameters(f)}
 
 
 def _scaled(f: Divergence, unit_curvature: Any) -> Divergence:

@@ -47,7 +47,8 @@ def exact_report(fs: list[Divergence], log_pi: Tensor, log_a: Tensor, log_p: Ten
 
     def figures(log_q: Tensor) -> dict[str, float]:
         q = log_q.exp()
-        return {"reward": mean((q * reward).sum(1)), "kl_reference": mean((q * (log_q - log_a)).sum(1))}
+        reached = [torch.where(q > 0, q * x, 0.0) for x in (reward, log_q - log_a)]  # 0 · −inf where a target is zero
+        return dict(zip(("reward", "kl_reference"), (mean(x.sum(1)) for x in reached), strict=True))
 
     pi, p, spread = log_pi.exp(), log_p.exp(), float(reward.std())
     betas = spread * torch.logspace(-1.5, 1.5, 25) if spread > 0 and bool(reward.isfinite().all()) else torch.zeros(0)

@@ -77,6 +77,8 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         "sft": load_causal_lm(start, config.model).to(device),
         "policy": load_causal_lm(str(trained / "model"), config.model).to(device),
     }
+    distilled = config.objective.stage == "distil"
+    teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device) if distilled else None
     target = solved_target(config, trained)
 
     # the same prompts and random streams for both
@@ -95,12 +97,12 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
 
     # compare
     against_reference(report, samples, config, groups)
-    if config.objective.stage == "distil":
-        against_teacher(report, samples["policy"], config, device, groups)
+    if teacher is not None:
+        against_teacher(report, samples["policy"], teacher, config, groups)
     elif target is not None:
         against_target(report, samples, target, config, groups)
     if options.exact and target is not None:
-        report["exact"] = enumerate_language(config, models, tokenizer, ids, rows, scorers, target)
+        report["exact"] = enumerate_language(config, models, tokenizer, ids, rows, scorers, target, teacher)
     if options.mauve:
         add_mauve(report, samples, models["sft"], tokenizer, repeated, config)
     if options.lm_eval:
@@ -157,11 +159,8 @@ def against_reference(report: dict[str, Any], samples: dict[str, Samples], confi
         )
 
 
-def against_teacher(
-    report: dict[str, Any], policy: Samples, config: RunConfig, device: torch.device, groups: Tensor
-) -> None:
+def against_teacher(report: dict[str, Any], policy: Samples, teacher: Any, config: RunConfig, groups: Tensor) -> None:
     """Adds the student's divergence to its teacher."""
-    teacher = load_causal_lm(str(config.distil.teacher), config.model).to(device)
     log_q = torch.cat([metrics.score(teacher, d.sequences, config.evaluate.batch_size) for d in policy.drawn])
     report["divergence_to_target"] = metrics.measure_all(config.measured, policy.log_pi, log_q, groups)
 
@@ -217,8 +216,9 @@ def enumerate_language(
     rows: Rows,
     scorers: Scorers,
     target: Any,
+    teacher: Any,
 ) -> dict[str, Any]:
-    """The same figures without an estimate, over every text."""
+    """The same figures without an estimate, over every text; to the target, which is the teacher where there is one."""
     vocab_size = models["policy"].config.vocab_size
     with told_as("evaluate.exact", (ValueError,)):
         every = metrics.all_texts(vocab_size, stop_ids(tokenizer), config.training.max_completion_length)
@@ -233,6 +233,8 @@ def enumerate_language(
     scores = scorers(list(target.scorers), **extra_columns(repeated) | texts)
     potential = target.potential(scores).double().cpu().view(log_pi.shape)
     log_p = (log_a + potential).log_softmax(1)
+    if teacher is not None:
+        log_p = metrics.log_probs_of_all(teacher, ids, every, config.evaluate.batch_size)
     report = metrics.exact_report(config.measured, log_pi, log_a, log_p, config.beta * potential)
     report["objective"] = report["reward"] - config.beta * report["kl_reference"]
     return report
