@@ -249,3 +249,7 @@ def test_sft_and_the_reward_model_are_launched_the_same_way(data, tmp_path):
         assert (together / "finished.json").is_file(), said
         one, two = (load_file(folder / model) for folder in (alone, together))
         assert tiny.away(one, two) <= (1e-6 if stage == "sft" else 0)  # a Llama's norms are in float32
+        rows = [tiny.jsonl(folder / "metrics.jsonl") for folder in (alone, together)]
+        logged = [[row["loss"] for row in each if "loss" in row] for each in rows]
+        assert logged[0], "each process would open the file anew"
+        assert logged[1] == pytest.approx(logged[0], abs=2e-3)

@@ -107,11 +107,9 @@ def fine_tune(config: RunConfig, rows: Rows, preference: Tensor, f: divergences.
     with training_by_trl("reward", config.reward):
         trainer = DivergenceRewardTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     require_rows(trainer, str(config.data.preferences_train), "reward")
-    metrics = Metrics(out, config.report_to)
-    trainer.add_callback(MetricsCallback(metrics))
+    trainer.add_callback(MetricsCallback(out, config.report_to))
     with training_by_trl("reward", config.reward):
         trainer.train()
-    metrics.close()
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")
 

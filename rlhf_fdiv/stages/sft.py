@@ -45,13 +45,21 @@ class DivergenceSFTTrainer(SFTTrainer):
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes what a TRL trainer logs into the run folder's metrics."""
+    """Writes what a TRL trainer logs into a `Metrics` of these arguments, which the main process alone may open."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.metrics: Metrics | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.metrics = Metrics(*self.arguments) if state.is_world_process_zero else None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
+        if self.metrics is not None and logs:
             self.metrics.log(state.global_step, {k: float(v) for k, v in logs.items() if isinstance(v, int | float)})
 
 
@@ -86,12 +94,10 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
         )
     trainer.divergence = divergences.get(options.divergence)
     checkpoint = newest_checkpoint(out)
-    metrics = Metrics(out, config.report_to, step_of(checkpoint) if checkpoint else 0)
-    trainer.add_callback(MetricsCallback(metrics))
+    trainer.add_callback(MetricsCallback(out, config.report_to, step_of(checkpoint) if checkpoint else 0))
     trainer.add_callback(until := StopCallback())
     with training_by_trl("sft", options):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics.close()
     if until.stopped:
         stop(f"sft: stopped; {newest_checkpoint(out)} is saved")
     require_finite(str(out / "model"), model)
