@@ -25,13 +25,28 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # of a function written in C, which does not say
+        return {"columns": inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)}
+
+
+def required_columns(function: Callable[..., Any]) -> set[str]:
+    """The columns of the data without which it cannot be called."""
+    always = {"prompts", "completions", "completion_ids", "trainer_state"}
+    needed = (
+        k
+        for k, x in _parameters(function).items()
+        if x.default is x.empty and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+    )
+    return set(needed) - always
+
+
 def by_keyword(function: Callable[..., Any]) -> Score:
     """The function with what it has parameters for; an answer that must be awaited is under way when this returns."""
-    try:
-        known: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
-        takes_all = any(x.kind is x.VAR_KEYWORD for x in known.values())
-    except ValueError:  # of a function written in C, which does not say
-        known, takes_all = {}, True
+    known = _parameters(function)
+    takes_all = any(x.kind is x.VAR_KEYWORD for x in known.values())
 
     async def waiting(answer: Any) -> Any:
         try:

@@ -21,6 +21,7 @@ from trl.rewards import get_soft_overlong_punishment
 import rlhf_fdiv
 from rlhf_fdiv import align, assets, divergences, library, metrics
 from rlhf_fdiv.estimators import RLOO
+from rlhf_fdiv.functions import required_columns
 from rlhf_fdiv.model_options import LoraOptions
 from rlhf_fdiv.models import Policy, load_tokenizer
 from rlhf_fdiv.objectives import Distil, Prefer, Regularise, token_rewards
@@ -327,6 +328,16 @@ def test_mistakes_are_told_before_any_model_is_loaded_and_leave_nothing(small, s
     empty = Dataset.from_list([{"prompt": "a", "info": {}}])
     assert "train_dataset: cannot be written as Parquet" in told(train_dataset=empty)
     assert "praisee" in told(target={"name": "tilted", "reward": "praisee"})
+
+
+def test_a_column_that_a_function_needs_is_missed_before_training(small, tmp_path):
+    without = Dataset.from_list([{"prompt": "the film was"}])
+    (message,) = tiny.problems(functools.partial(small, [praise, in_part], eval_dataset=without))
+    assert re.match(r"scorers.in_part: .*:in_part needs references, no column of all rows of .*eval_dataset", message)
+    assert not (tmp_path / "mine" / "policy").exists()
+    assert required_columns(praise) == set()
+    assert required_columns(lambda prompts, completions, /, kind, *more, worth=1, **columns: 0) == {"kind"}
+    assert required_columns(max) == set()
 
 
 def test_a_function_of_another_process_is_told_as_such(small, call):

@@ -17,13 +17,16 @@ from rlhf_fdiv.data import (
     PROMPTS,
     RATINGS,
     Rows,
+    extra_columns,
     read_rows,
     reference_texts,
     tokenize_prompts,
 )
 from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.functions import required_columns
 from rlhf_fdiv.hub import check_push
 from rlhf_fdiv.models import load_tokenizer, teacher_context
+from rlhf_fdiv.parts import load
 from rlhf_fdiv.reward_models import check_reward_model
 from rlhf_fdiv.rewards import Function, NgramRidge, RewardModel, with_parts
 from rlhf_fdiv.weights import context_length, require_own_tokenizer
@@ -104,9 +107,20 @@ class _Inputs:
             if isinstance(spec, NgramRidge):
                 self.collect(read_rows, spec.data, RATINGS)
             elif isinstance(spec, Function):
-                self.collect(spec.open, torch.device("cpu"))
+                if self.collect(spec.open, torch.device("cpu")) and name in used:
+                    self.columns(name, spec.path, {"prompts_train": with_parts(logged, specs), "prompts_eval": specs})
             elif isinstance(spec, RewardModel) and spec.path and name in used:
                 self.collect(check_reward_model, spec.path, prompts)
+
+    def columns(self, name: str, path: str, asked: dict[str, Any]) -> None:
+        """Whether the data has what a function cannot do without; `asked` are the scorers of each of its keys."""
+        for source in (getattr(self.config.data, key) for key, names in asked.items() if name in names):
+            rows = self.prompts.get(str(source))
+            lacking = required_columns(load(path)) - extra_columns(rows).keys() if rows else set()
+            if lacking:
+                self.problems.append(
+                    f"scorers.{name}: {path} needs {', '.join(sorted(lacking))}, no column of all rows of {source}"
+                )
 
     def models(self) -> None:
         config, stages = self.config, self.stages
