@@ -101,18 +101,8 @@ def align(
     """
     prepare_process()
     folder, keep = Path(output_dir).parent / str(config.get("name", Path(output_dir).name)), Keep()
-    functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    if not functions:
-        raise UserError("reward_funcs: is empty; give at least one")
-    weights = None if reward_weights is None else [float(weight) for weight in reward_weights]
-    tokenizers = reward_processing_classes
-    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
-    if len(tokenizers) != len(functions):
-        raise UserError(
-            f"reward_processing_classes: {len(tokenizers)} for {len(functions)} reward_funcs; give one for each"
-        )
-    functions = [_reward(x, tokenizer, folder, keep) for x, tokenizer in zip(functions, tokenizers, strict=True)]
-    scorers = _scorers(functions, weights, {*(config.get("scorers") or {})})
+    functions = _rewards(reward_funcs, reward_processing_classes, folder, keep)
+    scorers = _scorers(functions, reward_weights, {*(config.get("scorers") or {})})
     data = {k: rows for k, rows in (("train", train_dataset), ("eval", eval_dataset)) if rows is not None}
     if isinstance(divergence, divergences.Divergence):
         with told_as("divergence"):
@@ -177,13 +167,26 @@ def _digest(lm: Any, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _reward(reward: Any, tokenizer: Any, folder: Path, keep: Keep) -> Any:
-    """What `_scorers` takes: a reward model in memory as a scorer, anything else as it is."""
-    if not isinstance(reward, PreTrainedModel | PeftModel):
-        return reward
-    if "SequenceClassification" not in (kind := type(under_adapter(reward)).__name__) or reward.config.num_labels != 1:
-        raise UserError(f"reward_funcs: {kind} is no sequence classifier with one label, which a reward model is")
-    return {"name": "reward_model", "path": _saved(reward, tokenizer, "reward_processing_classes", folder, keep)}
+def _rewards(rewards: Any, tokenizers: Any, folder: Path, keep: Keep) -> list[Any]:
+    """What `_scorers` takes: reward models in memory as scorers, anything else as it is."""
+    rewards = [*rewards] if isinstance(rewards, list | tuple) else [rewards]
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(rewards)
+    if not rewards:
+        raise UserError("reward_funcs: is empty; give at least one")
+    if len(tokenizers) != len(rewards):
+        raise UserError(
+            f"reward_processing_classes: {len(tokenizers)} for {len(rewards)} reward_funcs; give one for each"
+        )
+    for i, (reward, tokenizer) in enumerate(zip(rewards, tokenizers, strict=True)):
+        if isinstance(reward, PreTrainedModel | PeftModel):
+            kind = type(under_adapter(reward)).__name__
+            if "SequenceClassification" not in kind or reward.config.num_labels != 1:
+                raise UserError(
+                    f"reward_funcs: {kind} is no sequence classifier with one label, which a reward model is"
+                )
+            path = _saved(reward, tokenizer, "reward_processing_classes", folder, keep)
+            rewards[i] = {"name": "reward_model", "path": path}
+    return rewards
 
 
 def _lora(config: dict[str, Any] | LoraConfig) -> dict[str, Any]:
@@ -219,6 +222,7 @@ def _prompts(rows: Any, argument: str, folder: Path, keep: Keep) -> str:
 
 def _scorers(functions: list[Any], weights: list[float] | None, taken: set[str]) -> dict[str, Any]:
     """The config's `scorers`; what is to be maximised comes first, the sum of all where there are several or weights."""
+    weights = None if weights is None else [float(weight) for weight in weights]  # of an array, too
     if weights is not None and len(functions) != len(weights):
         raise UserError(f"reward_weights: {len(weights)} for {len(functions)} reward_funcs; give one for each")
     summed = len(functions) > 1 or weights is not None

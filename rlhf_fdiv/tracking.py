@@ -203,6 +203,15 @@ def write_atomically(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def finite(value: Any) -> Any:
+    """JSON has neither nan nor inf: both become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_table(path: Path, columns: Any) -> None:
     """A Parquet file of what `pandas.DataFrame` takes; a column that Parquet cannot hold, of mixed types say, as JSON."""
     import pandas as pd

@@ -81,19 +81,14 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         values["scorers"] = {"": None}
     fs = {key: _divergence(spec, key, problems) for key, spec in _divergences(raw).items()}
     values["divergence"] = fs["divergence"]
-    trains = getattr(values["objective"], "stage", "policy")
-    stages = values.get("stages", ("sft", "reward", trains, "evaluate")) or ()
+    stages = values.get("stages", ("sft", "reward", getattr(values["objective"], "stage", "policy"), "evaluate")) or ()
     values["stages"] = [stage for stage in STAGES if stage in stages]
     parts = [*(values.get(key) for key in ("name", *_SECTIONS, *_CHOICES)), *values["scorers"].values(), *fs.values()]
     if all(part is not None for part in parts):  # what contradicts what can only be told of whole parts
         if isinstance(values["objective"], OBJECTIVES["regularise"]) and hasattr(values["target"], "beta"):
-            given = [key for key in ("objective", "target") if "beta" in raw.get(key, ())]  # they are one β, of r/β
-            beta = values[given[0] if given else "target"].beta
-            if any(values[key].beta != beta for key in given):
-                problems.append(
-                    f"objective.beta: {beta:g}, and target.beta is {values['target'].beta:g}; they are one β, set one"
-                )
-            values |= {key: dataclasses.replace(values[key], beta=beta) for key in ("objective", "target")}
+            said, other = ("objective", "target") if "beta" in raw.get("objective", ()) else ("target", "objective")
+            if "beta" not in raw.get(other, ()):  # r/β is the potential and r − β·f' the pseudo-reward: they are one
+                values[other] = dataclasses.replace(values[other], beta=values[said].beta)
         config = RunConfig(**values)
         problems += _conflicts(config)
     if problems:
@@ -232,6 +227,8 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         if stage in {cls.stage for cls in OBJECTIVES.values()} - {objective.stage}:
             fitting = " or ".join(name for name, cls in OBJECTIVES.items() if cls.stage == stage)
             yield f"objective: {objective.name} is not trained by the {stage} stage, but {fitting} is"
+    if isinstance(objective, OBJECTIVES["regularise"]) and objective.beta != getattr(target, "beta", objective.beta):
+        yield f"objective.beta: {objective.beta:g}, and target.beta is {target.beta:g}; they are one β, set one"
     if objective.stage in config.stages and (message := objective.conflicts(config.f, target.has_zeros)):
         yield f"divergence: {message}"
     if "distil" in config.stages and config.distil.teacher is None:
@@ -255,8 +252,7 @@ def data_needs(config: RunConfig, stage: str) -> list[str]:
     if stage == "distil":
         share = getattr(config.objective, "on_policy", 1.0)
         return [key for key, used in (("prompts_train", share > 0), ("sft_train", share < 1)) if used]
-    needs = {"sft": "sft_train", "policy": "prompts_train", "evaluate": "prompts_eval"}
-    return [needs.get(stage, "preferences_train")]
+    return [{"sft": "sft_train", "policy": "prompts_train", "evaluate": "prompts_eval"}.get(stage, "preferences_train")]
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from rlhf_fdiv.reward_models import completion_states
 from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
 from rlhf_fdiv.stages.common import process_state, resolve_scorers, run_stage, starting_model
-from rlhf_fdiv.tracking import RunFolder, write_atomically
+from rlhf_fdiv.tracking import RunFolder, finite, write_atomically
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     k, groups = options.num_generations, torch.arange(len(rows)).repeat_interleave(options.num_generations)
     noise = uniforms(config.seed + 1, 0, len(rows) * k, length)
     repeated = [row for row in rows for _ in range(k)]
-    steps = TrainerState(global_step=config.training.max_steps, max_steps=config.training.max_steps)
-    own = {"prompts": [row["prompt"] for row in repeated], "trainer_state": steps}
+    own = {"prompts": [row["prompt"] for row in repeated], "trainer_state": ended(config)}
     columns: dict[str, Any] = extra_columns(repeated) | own
     samples: dict[str, Samples] = {}
     report: dict[str, Any] = {"beta": config.beta, "prompts": len(rows), "paired": {}}
@@ -114,6 +113,11 @@ def main(config: RunConfig, folder: RunFolder, out: Path) -> None:
     table.to_parquet(out / "samples.parquet")
     write_atomically(out / "metrics.json", json.dumps(finite(report), indent=2, ensure_ascii=False))
     write_report(config, folder.path, out, finite(report), table)
+
+
+def ended(config: RunConfig) -> TrainerState:
+    """What a reward function is told of the training: that it is over."""
+    return TrainerState(global_step=config.training.max_steps, max_steps=config.training.max_steps)
 
 
 def draw(lm: Any, tokenizer: Any, ids: list[list[int]], k: int, noise: Tensor, batch_size: int) -> list[Rollout]:
@@ -228,8 +232,7 @@ def enumerate_language(
     repeated = [row for row in rows for _ in every]
     decoded = tokenizer.batch_decode(every, skip_special_tokens=True)
     texts = {"prompts": [row["prompt"] for row in repeated], "completions": decoded * len(rows)}
-    state = TrainerState(global_step=config.training.max_steps, max_steps=config.training.max_steps)
-    texts |= {"completion_ids": every * len(rows), "trainer_state": state}
+    texts |= {"completion_ids": every * len(rows), "trainer_state": ended(config)}
     scores = scorers(list(target.scorers), **extra_columns(repeated) | texts)
     potential = target.potential(scores).double().cpu().view(log_pi.shape)
     log_p = (log_a + potential).log_softmax(1)
@@ -285,15 +288,6 @@ def solved_target(config: RunConfig, trained: Path) -> Any:
         return None
     solution = json.loads((trained / "target.json").read_text(encoding="utf-8"))
     return targets.with_lambdas(config.target, solution["lambdas"])
-
-
-def finite(value: Any) -> Any:
-    """JSON has neither nan nor inf: both become null."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":
