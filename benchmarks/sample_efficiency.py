@@ -245,6 +245,7 @@ def rloo(epochs: int, **policy: Any) -> dict[str, Any]:
     return {"estimator": {"name": "rloo", "num_epochs": epochs}, "policy": policy}
 
 
+PREFIXES = {"name": "ppo", "critic": "prefixes", "num_epochs": 4, "num_minibatches": 1, "lam": 0.7}
 METHODS: dict[str, Callable[..., Path]] = {
     "rloo": functools.partial(ours, **rloo(1)),
     "rloo, 2 epochs": functools.partial(ours, **rloo(2)),
@@ -258,6 +259,7 @@ METHODS: dict[str, Callable[..., Path]] = {
     "js, 4 epochs": functools.partial(ours, divergence="js", **rloo(4)),
     "grpo": functools.partial(ours, objective="regularise", estimator="grpo"),
     "ppo, 4 epochs": functools.partial(ours, objective="regularise", estimator={"name": "ppo", "num_epochs": 4}),
+    "ppo of prefixes": functools.partial(ours, objective="regularise", estimator=PREFIXES),
     "TRL RLOO": functools.partial(trl, kind="RLOO"),
     "TRL RLOO, 4 iterations": functools.partial(trl, kind="RLOO", num_iterations=4),
     "TRL GRPO": functools.partial(trl, kind="GRPO"),

@@ -7,7 +7,7 @@ sampling policy's pseudo-rewards are computed once a rollout and frozen over the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,8 +119,13 @@ class PPO:
     f' is computed once a rollout, with the policy that sampled it, and frozen over the epochs: later epochs follow the
     gradient of the surrogate, not of D_f at the moving policy. At one epoch, lam = 1, gamma = 1, no whitening and a zero
     value head it is `reinforce`, sample by sample.
+
+    The critic is a value head that is trained with the policy, or what the target's own scorers say of the `prefixes` of each
+    completion (`prefix_values`): it has no weights, so vf_coef and clip_range_value do nothing, but T times as many texts
+    are scored.
     """
 
+    critic: Literal["value_head", "prefixes"] = "value_head"
     num_epochs: Count = 2
     num_minibatches: Count = 2
     clip_range: Positive | None = 0.2
@@ -129,7 +134,8 @@ class PPO:
     vf_coef: NotNegative = 0.1
     clip_range_value: Positive | None = 0.2
     whiten_advantages: bool = True
-    value_head: ClassVar[bool] = True
+    value_head = property(lambda self: self.critic == "value_head")
+    reads_prefixes = property(lambda self: self.critic == "prefixes")
     min_generations: ClassVar[int] = 1
     name: ClassVar[str] = "ppo"
 
@@ -144,7 +150,7 @@ class PPO:
         """Token rewards, mask and values V(x, y_<t), [B, T] → advantages and returns, [B, T]; `weights` [B] multiply the
         advantages of off-policy samples."""
         if values is None:
-            raise ValueError("ppo needs the values of its value head")
+            raise ValueError("ppo needs the values of its critic, a value head or `prefix_values`")
         advantages = generalised_advantages(rewards, values, mask, self.gamma, self.lam)
         returns = advantages + values * mask
         advantages = whiten(advantages, mask) if self.whiten_advantages else advantages
@@ -169,6 +175,43 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
         advantage = (deltas[:, t] + gamma * lam * advantage) * mask[:, t]
         out.append(advantage)
     return torch.stack(out[::-1], 1)
+
+
+def prefix_values(rewards: Tensor, mask: Tensor, scores: Tensor, num_generations: int, shrink: float = 8.0) -> Tensor:
+    """V(x, y_<t) from what S scorers say of each prefix y_<t, `scores` [B, T, S]; token rewards and mask [B, T] → [B, T].
+
+    At each position the return is regressed on those scores and on the mean return of the prompt's other completions, by
+    least squares with `shrink` observations of the mean position added, and kept within the returns that were seen. Each half
+    of the completions has its values from the other half, so that a value knows of its own completion no more than the
+    prefix: as a baseline it is unbiased, and with lam = 1 so is `ppo`.
+    """
+    returns = (rewards * mask).double().flip(1).cumsum(1).flip(1)
+    values, places = torch.zeros_like(returns), torch.arange(len(mask), device=mask.device)
+    every_other = places % max(num_generations, 2) % 2 == 0  # within each prompt, however prompts are shared out
+    for fitted in (every_other, ~every_other):
+        kept, weight = fitted.view(-1, num_generations).double(), (mask * fitted[:, None]).double()
+        total = returns[:, :1].view(-1, num_generations) * kept
+        others = (total.sum(1, keepdim=True) - total) / (kept.sum(1, keepdim=True) - kept).clamp(min=1)
+        x = torch.cat([others.flatten()[:, None, None].expand(*mask.shape, 1), scores.double()], -1)
+        x = torch.cat([torch.ones_like(x[..., :1]), _standardised(x, weight[..., None])], -1)  # [B, T, F]
+        squares = torch.einsum("bt,btf,btg->tfg", weight, x, x)
+        products = torch.einsum("bt,btf,bt->tf", weight, x, returns)
+        prior = shrink / weight.sum().clamp(min=1)
+        squares, products = squares + prior * squares.sum(0), products + prior * products.sum(0)
+        fit = torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products[..., None]
+        seen = returns[weight.bool()] if bool(weight.any()) else returns.new_zeros(1)
+        found = torch.einsum("btf,tf->bt", x, fit.squeeze(-1)).clamp(seen.min(), seen.max())
+        values = torch.where(fitted[:, None], values, found)
+    return (values * mask).to(rewards.dtype)
+
+
+def _standardised(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the tokens of positive `weight` [B, T, 1], 0 for what does not vary there; [B, T, F]."""
+    mean, total = (x * weight).sum((0, 1)), weight.sum().clamp(min=1)
+    centred = x - mean / total
+    deviation = ((centred**2 * weight).sum((0, 1)) / total).sqrt()
+    varies = deviation > 1e-9 * (1 + (mean / total).abs())
+    return torch.where(varies, centred / deviation.where(varies, 1.0), 0.0)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:

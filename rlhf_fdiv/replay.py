@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,18 @@ from rlhf_fdiv.sequences import Sequences, pad_to_longest
 
 @dataclass
 class Scored:
-    """A rollout with log a by token, [B, T], and each scorer's score by completion, [B]: all that an update needs of it."""
+    """A rollout with log a by token, [B, T], each scorer's score by completion, [B], and where a critic reads them those of
+    each token's prefix, [B, T]: all that an update needs of it."""
 
     batch: Rollout
     log_a: Tensor
     scores: dict[str, Tensor]
+    prefix_scores: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def by_prefix(self) -> Tensor | None:
+        """The scores of prefixes as a critic reads them, [B, T, S]."""
+        return torch.stack([*self.prefix_scores.values()], -1) if self.prefix_scores else None
 
     @classmethod
     def cat(cls, parts: list[Scored]) -> Scored:
@@ -38,7 +45,9 @@ class Scored:
             log_mixture=torch.cat([b.log_mu for b in batches]),
         )
         scores = {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores}
-        return cls(batch, pad_to_longest([part.log_a for part in parts], "right"), scores)
+        names = parts[0].prefix_scores
+        prefixes = {n: pad_to_longest([part.prefix_scores[n] for part in parts], "right") for n in names}
+        return cls(batch, pad_to_longest([part.log_a for part in parts], "right"), scores, prefixes)
 
 
 class Replay:
@@ -68,6 +77,7 @@ class Replay:
             columns = {**vars(x.batch.sequences), "log_a": x.log_a, "prompts": torch.tensor(x.batch.prompts)}
             columns |= {name: getattr(x.batch, name) for name in ("log_probs", "entropy", "log_mixture")}
             columns |= {f"score.{name}": score for name, score in x.scores.items()}
+            columns |= {f"prefix.{name}": score for name, score in x.prefix_scores.items()}
             path = folder / f"replay-{self.accelerator.process_index}-{i:04}.safetensors"
             save_file({name: column.contiguous() for name, column in columns.items()}, path)
 
@@ -85,5 +95,8 @@ class Replay:
             batch = Rollout(
                 sequences, x["log_probs"], x["entropy"], x["prompts"].tolist(), log_mixture=x["log_mixture"]
             )
-            scores = {name.removeprefix("score."): t for name, t in x.items() if name.startswith("score.")}
-            self.kept.append(Scored(batch, x["log_a"], scores))
+            scores, prefixes = (
+                {name.removeprefix(start): t for name, t in x.items() if name.startswith(start)}
+                for start in ("score.", "prefix.")
+            )
+            self.kept.append(Scored(batch, x["log_a"], scores, prefixes))

@@ -31,6 +31,12 @@ CASES = {
     "replay": ("policy", FULL, "policy.replay_steps=2"),
     "grpo": ("policy", FULL, "estimator={name: grpo, num_epochs: 2, clip_range: 0.01}"),
     "ppo": ("policy", FULL, "estimator={name: ppo, num_epochs: 2, num_minibatches: 1}"),
+    "prefixes": (
+        "policy",
+        FULL,
+        "estimator={name: ppo, critic: prefixes, num_minibatches: 1}",
+        "policy.replay_steps=1",
+    ),
     "chunked": ("policy", FULL, "policy.logprob_chunk=4"),
     "moments": ("policy", FULL, f"target={MOMENTS}"),
     "prefer": ("prefer", FULL, "divergence=chi_mix"),

@@ -5,6 +5,7 @@ import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -39,6 +40,7 @@ from rlhf_fdiv.estimators import (
     generalised_advantages,
     out_of_range,
     policy_loss,
+    prefix_values,
     whiten,
 )
 from rlhf_fdiv.models import Policy
@@ -114,6 +116,105 @@ def test_ppo_learns_the_return_that_its_advantage_was_measured_against(rollout):
 def test_ppo_without_its_value_head_says_so():
     with pytest.raises(ValueError, match="value head"):
         PPO()(normal(2, 3), torch.ones(2, 3), 1)
+
+
+# -- a critic of prefixes ----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def scored_rollouts(draw):
+    """Rewards, mask, scores of prefixes [B, T, S] and K; rubbish at padding."""
+    prompts, k, features = draw(st.integers(2, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 2))
+    lengths = draw(st.lists(st.integers(1, 5), min_size=prompts * k, max_size=prompts * k))
+    seed, mask = draw(st.integers(0, 999)), mask_of(lengths, 5)
+    return normal(*mask.shape, seed=seed), mask, normal(*mask.shape, features, seed=seed + 1), k
+
+
+def halves(rows, k):
+    return torch.arange(rows) % max(k, 2) % 2 == 0
+
+
+@quick
+@given(scored_rollouts(), st.integers(0, 99))
+def test_a_value_knows_of_its_own_completion_no_more_than_the_prefix(rollout, seed):
+    """Hence it is a baseline: E[V(x, y_<t)·∇log π(y_t)] = 0 whatever it says."""
+    rewards, mask, of_prefixes, k = rollout
+    values, half = prefix_values(rewards, mask, of_prefixes, k), halves(len(mask), k)
+    changed = torch.where(half[:, None], normal(*mask.shape, seed=seed), rewards)
+    assert torch.equal(prefix_values(changed, mask, of_prefixes, k)[half], values[half]), "what its half was paid"
+    for t in range(mask.shape[1]):
+        later = (torch.arange(mask.shape[1]) > t) & half[:, None]
+        after = torch.where(later[..., None], 5.0, of_prefixes)
+        found = prefix_values(changed, mask, after, k)
+        assert torch.allclose(found[half, : t + 1], values[half, : t + 1], rtol=0, atol=1e-12), "what came after"
+
+
+@quick
+@given(scored_rollouts(), st.floats(1e-3, 1e3), st.floats(-100, 100))
+def test_values_are_least_squares_whatever_the_unit_of_a_score(rollout, unit_of_score, offset):
+    rewards, mask, of_prefixes, k = rollout
+    values, half = prefix_values(rewards, mask, of_prefixes, k, shrink=8.0), halves(len(mask), k)
+    returns = (rewards * mask).flip(1).cumsum(1).flip(1)
+    for own in (half, ~half):
+        prompts, fitted = torch.arange(len(mask)) // k, ~own
+        siblings = [(prompts == prompts[i]) & fitted & (torch.arange(len(mask)) != i) for i in range(len(mask))]
+        means = torch.stack([returns[s, 0].mean() if s.any() else torch.zeros(()).double() for s in siblings])
+        x = torch.cat(
+            [torch.ones(*mask.shape, 1), means[:, None, None].expand(*mask.shape, 1), of_prefixes], -1
+        ).numpy()
+        seen = [(i, t) for i, t in mask.nonzero().tolist() if fitted[i]]
+        for i, t in [(i, t) for i, t in mask.nonzero().tolist() if own[i]]:
+            weights = np.array([(u == t) + 8.0 / len(seen) for _, u in seen]) ** 0.5
+            rows, goals = np.array([x[j, u] for j, u in seen]), np.array([float(returns[j, u]) for j, u in seen])
+            if np.linalg.matrix_rank(rows) < rows.shape[1]:
+                continue  # more than one fit is the best; which one, is not laid down
+            fit = np.linalg.lstsq(weights[:, None] * rows, weights * goals, rcond=None)[0]
+            assert float(values[i, t]) == pytest.approx(np.clip(x[i, t] @ fit, goals.min(), goals.max()), abs=1e-6)
+    again = prefix_values(rewards, mask, unit_of_score * of_prefixes + offset, k)
+    assert torch.allclose(again, values, rtol=0, atol=1e-5)
+
+
+def test_where_the_scores_of_prefixes_tell_the_return_the_advantage_has_no_noise():
+    mask, k = mask_of([4, 2, 3, 4, 1, 4, 3, 2]), 4
+    of_prefixes = normal(*mask.shape, 1) * mask[..., None]
+    returns = (3 - 2 * of_prefixes[..., 0]) * mask
+    rewards = returns - torch.cat([returns[:, 1:], torch.zeros(len(mask), 1)], 1)
+    inside = prefix_values(rewards, mask, of_prefixes, k)
+    low, high = returns[mask.bool()].sort().values[[2, -3]]  # a value stays within the returns of the other half
+    known = (returns > low) & (returns < high) & mask.bool()
+    assert known.sum() > 10
+    assert torch.allclose(inside[known], returns[known], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("said", [0.0, 7.0, 1e9])
+def test_scores_that_do_not_vary_tell_nothing(said):
+    rewards, mask = normal(6, 3), mask_of([3, 1, 3, 2, 3, 3])
+    values = prefix_values(rewards, mask, torch.full((6, 3, 2), said), 3)
+    assert torch.equal(values, prefix_values(rewards, mask, torch.zeros(6, 3, 0), 3))
+    assert float(values.std()) > 0, "there is the mean return by position yet"
+
+
+def test_with_lam_one_the_expected_gradient_is_that_of_the_expected_reward():
+    """Every pair of texts that a table of next-token laws can draw, each with its probability: two binary tokens."""
+    logits = normal(3, 2, seed=3).requires_grad_()  # after nothing, after 0, after 1
+    texts = [(a, b) for a in (0, 1) for b in (0, 1)]
+    reward = torch.tensor([1.0, -0.5, 0.3, 2.0]).double()
+    by_token = torch.stack(
+        [torch.stack([logits.log_softmax(1)[0, a], logits.log_softmax(1)[1 + a, b]]) for a, b in texts]
+    )
+    pi = by_token.sum(1).exp()
+    (expected,) = torch.autograd.grad(pi @ reward, logits, retain_graph=True)
+    of_prefixes = torch.tensor([[0.0, a] for a, _ in texts]).double()[..., None]
+    ppo, loss = PPO(critic="prefixes", lam=1.0, whiten_advantages=False), torch.zeros(()).double()
+    mask, chosen = torch.ones(2, 2), torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    for pair in chosen:
+        paid = torch.stack([torch.zeros(2).double(), reward[pair]], 1)
+        values = prefix_values(paid, mask, of_prefixes[pair], 2)
+        assert bool(values.abs().sum() > 0)
+        advantages = ppo(paid, mask, 2, values).advantages
+        loss = loss + pi[pair].prod().detach() * (advantages * by_token[pair]).sum() / 2
+    (found,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
 # -- baselines ---------------------------------------------------------------------------------------------------------

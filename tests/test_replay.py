@@ -166,10 +166,11 @@ def policy(start, data, tmp_path):
         ("divergence=forward_kl",),
         ("estimator={name: rloo, num_epochs: 2}", "policy.reference_share=.3"),
         ("objective=regularise", "estimator={name: ppo, num_epochs: 2, num_minibatches: 2}"),
+        ("objective=regularise", "estimator={name: ppo, critic: prefixes, num_epochs: 2}"),
         ("objective=regularise", "estimator={name: grpo, num_epochs: 2}"),
         ("target={name: moments, moments: {praise: .6}, num_prompts: 12, dual_learning_rate: .1}",),
     ],
-    ids=["rloo", "two epochs, reference share", "ppo", "grpo", "dual ascent"],
+    ids=["rloo", "two epochs, reference share", "ppo", "ppo of prefixes", "grpo", "dual ascent"],
 )
 def test_every_estimator_trains_on_what_was_drawn_before(policy, args):
     out, alone = (policy(*args, f"policy.replay_steps={n}", f"name=replay{n}") for n in (2, 0))
@@ -185,7 +186,12 @@ def test_every_estimator_trains_on_what_was_drawn_before(policy, args):
 
 @pytest.mark.slow
 def test_a_resume_goes_on_with_what_was_kept_and_refuses_another_number_of_processes(policy, tmp_path, monkeypatch):
-    args = ("policy.replay_steps=2", "policy.max_steps=5", "policy.save_steps=2")
+    args = (
+        "policy.replay_steps=2",
+        "policy.max_steps=5",
+        "policy.save_steps=2",
+        "estimator={name: ppo, critic: prefixes}",
+    )
     goal, logged = policy(*args, "name=whole"), policy_stage.Log.step
 
     class Stopped(BaseException):

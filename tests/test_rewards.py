@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -28,6 +29,9 @@ from rlhf_fdiv.rewards import (
     Threshold,
     check_scorers,
 )
+from rlhf_fdiv.rollout import Rollout
+from rlhf_fdiv.sequences import Sequences
+from rlhf_fdiv.stages.policy_rollout import scores_of_prefixes
 
 CPU = torch.device("cpu")
 given: list = []  # what a user function below was called with
@@ -420,3 +424,34 @@ def test_a_sum_is_of_names_and_numbers(of):
     }
     with pytest.raises(UserError, match=r"scorers\.s\.of"):
         parse(raw | {"model": {"name_or_path": "m"}, "data": {"prompts_eval": "p"}})
+
+
+def words_so_far(prompts, completions, completion_ids, year, trainer_state, **columns):
+    given.append([*zip(prompts, completions, completion_ids, year, strict=True)])
+    return [len(c.split()) + trainer_state.global_step for c in completions]
+
+
+def test_prefixes_are_scored_as_completions_are_with_all_columns_of_theirs():
+    """Before each token, EOS too, what stood there; nothing for padding, which need not be scored."""
+    words = tiny.tokenizer()
+    rows = [
+        [words.convert_tokens_to_ids(w) for w in text.split()] for text in ("the plot is <eos>", "good", "a cast <eos>")
+    ]
+    sequences = Sequences.of([[5]] * 3, rows)
+    zeros = torch.zeros(sequences.mask.shape)
+    columns = {"prompts": ["p", "p", "q"], "completions": ["the plot is", "good", "a cast"], "completion_ids": rows,
+               "year": [1, 1, 2], "trainer_state": SimpleNamespace(global_step=10)}  # fmt: skip
+    scorers = Scorers({"n": Function(f"{__name__}:words_so_far"), "two": Threshold("n", 11.5)}, CPU)
+    given.clear()
+    batch = Rollout(sequences, zeros, zeros, [0, 1])
+    found = scores_of_prefixes(scorers, ["n", "two"], batch, columns, words)
+    assert found["n"].tolist() == [[10, 11, 12, 13], [10, 0, 0, 0], [10, 11, 12, 0]]
+    assert found["two"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
+    (seen,) = given
+    assert seen[2:6] == [
+        ("p", "the plot", rows[0][:2], 1),
+        ("p", "the plot is", rows[0][:3], 1),
+        ("p", "", [], 1),
+        ("q", "", [], 2),
+    ]
+    assert scores_of_prefixes(scorers, [], batch, columns, words) == {}

@@ -34,7 +34,7 @@ from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log
-from rlhf_fdiv.stages.policy_rollout import Sampler
+from rlhf_fdiv.stages.policy_rollout import Sampler, scores_of_prefixes
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training, launch, row_order
 from rlhf_fdiv.targets import DualAscent, LogPartition, MomentSolution
@@ -68,6 +68,7 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
     sampler = Sampler(config, training, reference, tokenizer, rows, prompt_ids)
     scorers = Scorers(specs, accelerator.device, config.target.scorers)
     scored = list(dict.fromkeys((*config.target.scorers, *options.logged_scorers)))
+    critic = list(config.target.scorers) if getattr(estimator, "reads_prefixes", False) else []
 
     target = solve_target(config, sampler, scorers, log_partition)
     dual = training.state["dual"] = DualAscent(target)
@@ -90,8 +91,10 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         # score
         with training.keeping(step, texts):
             state = TrainerState(global_step=step, max_steps=options.max_steps)
-            scores = scorers(scored, **texts | {"completion_ids": batch.token_ids(), "trainer_state": state})
+            columns = texts | {"completion_ids": batch.token_ids(), "trainer_state": state}
+            scores = scorers(scored, **columns)
             potential = dual.target.potential(scores).to(accelerator.device)
+            prefixes = scores_of_prefixes(scorers, critic, batch, columns, tokenizer)
         log_a = reference.log_probs(batch.sequences, options.per_device_train_batch_size)
         batch, mismatch = sampler.off_policy(batch, log_a)
 
@@ -101,14 +104,14 @@ def steps(config: RunConfig, folder: RunFolder, out: Path) -> Iterator[int]:
         log_partition.update(gather_object(batch.prompts), *accelerator.gather(by_prompt.contiguous()).unbind(-1))
 
         # pseudo-reward and update, with the completions of `replay_steps` steps before
-        whole = replay.beside(Scored(batch, log_a, scores), training.policy, options.per_device_train_batch_size)
+        new = Scored(batch, log_a, scores, prefixes)
+        whole = replay.beside(new, training.policy, options.per_device_train_batch_size)
         potentials = dual.target.potential(whole.scores).to(accelerator.device)
         log_z = log_partition.of(whole.batch.prompts, options.num_generations).to(potentials)
         log_z = log_z.repeat_interleave(options.num_generations)
         rewards = rewards_of(objective, f, whole.log_a, whole.batch.sequences.mask, potentials, log_z)
-        figures = update(
-            training, estimator, whole.batch, rewards(whole.batch.log_probs), config.seed * 1_000_003 + step, rewards
-        )
+        paid, seed = rewards(whole.batch.log_probs), config.seed * 1_000_003 + step
+        figures = update(training, estimator, whole.batch, paid, seed, rewards, whole.by_prefix)
         figures |= {"coverage": log_partition.coverage, **mismatch}
         drawn = accelerator.gather(batch.drawn)
         figures |= dual.step({name: accelerator.gather(x)[drawn] for name, x in scores.items()}, training.schedule)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import Rows, extra_columns
 from rlhf_fdiv.models import Reference, in_micro_batches
+from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
 from rlhf_fdiv.stages.policy_server import Server
 from rlhf_fdiv.stages.training import Training
@@ -78,3 +79,18 @@ class Sampler:
         ).log_probs
         figures = {"rollout_mismatch": self.server.mismatch(log_pi, batch)} if self.server else {}
         return batch.off_policy(log_pi, log_a, self.options.reference_share), figures
+
+
+def scores_of_prefixes(
+    scorers: Scorers, names: list[str], batch: Rollout, columns: dict[str, Any], tokenizer: Any
+) -> dict[str, Tensor]:
+    """Each scorer's scores of what stood before each token, [B, T], zero at padding; `columns` are the completions'."""
+    if not names:
+        return {}
+    mask, ids = batch.sequences.mask.bool(), batch.token_ids()
+    places = mask.nonzero().tolist()
+    prefixes = [ids[i][:t] for i, t in places]
+    repeated = {name: [column[i] for i, _ in places] for name, column in columns.items() if isinstance(column, list)}
+    repeated |= {"completion_ids": prefixes, "completions": tokenizer.batch_decode(prefixes, skip_special_tokens=True)}
+    scores = scorers(names, **columns | repeated)
+    return {name: x.new_zeros(mask.shape).masked_scatter(mask.to(x.device), x) for name, x in scores.items()}

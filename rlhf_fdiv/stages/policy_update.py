@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fdiv.estimators import explained_variance, importance_weights, out_of_range, policy_loss
+from rlhf_fdiv.estimators import explained_variance, importance_weights, out_of_range, policy_loss, prefix_values
 from rlhf_fdiv.models import in_micro_batches
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import sequence_sum
@@ -19,15 +19,22 @@ Rescore = Callable[[Tensor, Tensor], Tensor]
 
 
 def update(
-    training: Training, estimator: Any, batch: Rollout, rewards: Tensor, seed: int, rescore: Rescore | None = None
+    training: Training,
+    estimator: Any,
+    batch: Rollout,
+    rewards: Tensor,
+    seed: int,
+    rescore: Rescore | None = None,
+    prefix_scores: Tensor | None = None,
 ) -> dict[str, float]:
-    """Trains on one rollout, `rewards` [B, T] by token; returns loss, grad_norm and the estimator's own figures.
+    """Trains on one rollout, `rewards` [B, T] by token; returns loss, grad_norm and the estimator's own figures. A critic of
+    prefixes takes `prefix_scores` [B, T, S].
 
     Where an estimator without clipping goes over it again, `rescore(log_pi, rows)` gives the rewards of the policy as it
     is by then, and weights π/μ make up for the samples being older: each epoch follows the objective's own gradient.
     """
     mask = batch.sequences.mask
-    loss = Loss(training, estimator, batch, rewards, rescore)
+    loss = Loss(training, estimator, batch, rewards, rescore, prefix_scores)
     minibatches = min(getattr(estimator, "num_minibatches", 1), len(mask))
     # where scores are taken anew it is by whole groups, which micro-batches of like length would mix
     lengths = None if loss.unclipped and estimator.num_epochs > 1 else mask.sum(1).cpu()
@@ -45,11 +52,17 @@ class Loss:
     """The loss of some rows of a rollout, [b], before an update's first step or between its later ones."""
 
     def __init__(
-        self, training: Training, estimator: Any, batch: Rollout, rewards: Tensor, rescore: Rescore | None
+        self,
+        training: Training,
+        estimator: Any,
+        batch: Rollout,
+        rewards: Tensor,
+        rescore: Rescore | None,
+        prefix_scores: Tensor | None,
     ) -> None:
         self.policy, self.estimator, self.batch, self.rescore = training.policy, estimator, batch, rescore
         self.k, self.cap = training.options.num_generations, training.options.max_importance_weight
-        self.unclipped = estimator.clip_range is None and not estimator.value_head
+        self.unclipped = estimator.clip_range is None and not estimator.value_head and prefix_scores is None
         mask, self.old_values = batch.sequences.mask, None
         self.old_log_probs: Tensor | None = batch.log_probs
         if estimator.value_head:
@@ -59,9 +72,10 @@ class Loss:
         elif self.unclipped or estimator.num_epochs == 1:
             self.old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
         # of the completions of all processes together: whitening and figures must not depend on how they are shared out
-        whole = [training.gather(x) for x in (rewards, mask, self.old_values, batch.weights(self.cap))]
-        self.estimated = estimator(*whole[:2], self.k, *whole[2:])
-        self.all_masks, self.all_values, self.all_weights = whole[1:]
+        parts = (rewards, mask, self.old_values, batch.weights(self.cap), prefix_scores)
+        rewards, self.all_masks, values, self.all_weights, prefixes = (training.gather(x) for x in parts)
+        self.all_values = values if prefixes is None else prefix_values(rewards, self.all_masks, prefixes, self.k)
+        self.estimated = estimator(rewards, self.all_masks, self.k, self.all_values, self.all_weights)
         self.advantages, self.returns = (training.own(x, mask) for x in self.estimated)
         self.first_step, self.first_log_probs = True, torch.zeros_like(batch.log_probs)
         self.mismatch, self.clipped = Mean(training), Mean(training)
@@ -97,7 +111,7 @@ class Loss:
             figures["clipped_importance"] = float((self.all_weights >= self.cap).float().mean())
         if self.estimator.clip_range is not None:
             figures["clip_fraction"] = self.clipped.of_all()
-        if self.estimator.value_head:
+        if self.all_values is not None:
             figures["explained_variance"] = float(
                 explained_variance(self.all_values, self.estimated.returns, self.all_masks)
             )
