@@ -3,9 +3,10 @@
     python benchmarks/sample_efficiency.py [--task toy] [--jobs 2] [--json]
 
 J(π) = E_π[r] − β·KL(π‖a) has the optimum p = a·exp(r/β)/Z, where it is β·log Z, and what a policy lacks of it is β·KL(π‖p).
-Two tasks: `toy`, whose texts are enumerated, so that J and the optimum have no error at all; `presence`, a GPT-2 trained on
-film reviews that is paid for each review which says film, movie or picture: the optimum follows from how often it does so
-untrained, and J is measured on fresh samples with the exact KL of each visited state.
+Three tasks: `toy`, whose texts are enumerated, so that J and the optimum have no error at all; `presence`, a GPT-2 trained on
+film reviews that is paid for each review which says film, movie or picture; `rating`, the same paid what a ridge on n-grams,
+fitted to rated reviews, says of its own. Of these two the optimum follows from 512 untrained samples a prompt, and
+J is measured on fresh samples with the exact KL of each visited state.
 
 Every method starts from the same weights and trains all of them on as many samples, with Adam, the linear schedule and the
 clipping of gradients that are the default of the trainers. A sweep of rates on two seeds chooses its rate; five other seeds
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 
 RATES = {"toy": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "presence": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]}
+RATES["rating"] = RATES["presence"]
 SWEEP, CONFIRM = [0, 1], [10, 11, 12, 13, 14]
 
 
@@ -114,11 +116,29 @@ def names_the_film(prompts: list[str], completions: list[str], **columns: Any) -
     return [float(bool(re.search(FILM, text, re.IGNORECASE))) for text in completions]
 
 
+@functools.cache
+def ridge() -> Any:
+    from rlhf_fdiv.rewards import NgramRidge
+
+    return NgramRidge("film_reviews/ratings_train.jsonl").open(torch.device("cpu"))
+
+
+def rated(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(x) for x in ridge()(prompts, completions)]
+
+
 def presence() -> Task:
-    return Task(presence_folder(), "sample_efficiency:names_the_film", 0.3, 24, 4, 16, 40, measure_presence)
+    measure = functools.partial(measure_reviews, names_the_film)
+    return Task(reviews_folder(), "sample_efficiency:names_the_film", 0.3, 24, 4, 16, 40, measure)
 
 
-def presence_folder() -> Path:
+def rating() -> Task:
+    return Task(
+        reviews_folder(), "sample_efficiency:rated", 0.5, 24, 4, 16, 40, functools.partial(measure_reviews, rated)
+    )
+
+
+def reviews_folder() -> Path:
     """A GPT-2 of .7 M parameters after its SFT on film reviews; made once, by the library's own stage."""
     from transformers import AutoTokenizer
 
@@ -142,52 +162,52 @@ def presence_folder() -> Path:
 
 
 @functools.cache
-def presence_models() -> Any:
+def reviews_models() -> Any:
     """The untouched model, its tokenizer and the prompts, which are those that are trained on."""
     from rlhf_fdiv.model_options import ModelOptions
     from rlhf_fdiv.models import load_causal_lm, load_tokenizer
 
-    folder = presence_folder()
+    folder = reviews_folder()
     tokenizer = load_tokenizer(str(folder))
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     ids = tokenizer([json.loads(line)["prompt"] for line in lines])["input_ids"]
     return load_causal_lm(str(folder), ModelOptions(str(folder))), tokenizer, ids
 
 
-def measure_presence(folder: Path, generations: int = 32) -> tuple[float, float]:
+def rewards_of(reward: Callable[..., list[float]], lm: Any, generations: int, seed: int) -> Any:
+    """Rewards of fresh completions of every prompt, [P, generations], and what was drawn."""
+    from rlhf_fdiv.rollout import sample, uniforms
+
+    _, tokenizer, ids = reviews_models()
+    drawn, _, _ = sample(lm, tokenizer, ids, generations, uniforms(seed, 0, len(ids) * generations, 24))
+    rows = [x[m.bool()] for x, m in zip(drawn.completion_ids, drawn.mask, strict=True)]
+    scores = reward([], tokenizer.batch_decode(rows, skip_special_tokens=True))
+    return torch.tensor(scores, dtype=torch.float64).view(-1, generations), drawn
+
+
+def measure_reviews(reward: Callable[..., list[float]], folder: Path) -> tuple[float, float]:
     from rlhf_fdiv import metrics
     from rlhf_fdiv.model_options import ModelOptions
     from rlhf_fdiv.models import load_causal_lm
-    from rlhf_fdiv.rollout import sample, uniforms
 
-    reference, tokenizer, ids = presence_models()
     lm = load_causal_lm(str(folder), ModelOptions(str(folder)))
-    drawn, _, _ = sample(lm, tokenizer, ids, generations, uniforms(12345, 0, len(ids) * generations, 24))
-    rows = [x[m.bool()] for x, m in zip(drawn.completion_ids, drawn.mask, strict=True)]
-    reward = names_the_film([], tokenizer.batch_decode(rows, skip_special_tokens=True))
-    _, _, kl = metrics.score_both(lm, reference, drawn, 512)
-    return sum(reward) / len(reward), float(kl.mean())
+    scores, drawn = rewards_of(reward, lm, 32, 12345)
+    _, _, kl = metrics.score_both(lm, reviews_models()[0], drawn, 512)
+    return float(scores.mean()), float(kl.mean())
 
 
-def presence_optimum() -> tuple[float, float]:
-    """By prompt Z = 1 − ρ + ρ·e^{1/β}, ρ(x) from 256 completions of the untouched model, log Ẑ corrected for their number."""
-    beta = 0.3
-    from rlhf_fdiv.rollout import sample, uniforms
-
-    reference, tokenizer, ids = presence_models()
-    drawn, _, _ = sample(reference, tokenizer, ids, 256, uniforms(54321, 0, len(ids) * 256, 24))
-    rows = [x[m.bool()] for x, m in zip(drawn.completion_ids, drawn.mask, strict=True)]
-    reward = (
-        torch.tensor(names_the_film([], tokenizer.batch_decode(rows, skip_special_tokens=True))).double().view(-1, 256)
-    )
-    z = 1 + reward.mean(1) * math.expm1(1 / beta)
-    variance = reward.var(1) / 256 * math.expm1(1 / beta) ** 2
-    return float(beta * (z.log() + variance / (2 * z**2)).mean()), float(reward.mean())
+def reviews_optimum(reward: Callable[..., list[float]], beta: float) -> tuple[float, float]:
+    """J of the target, β·log Z by prompt, log Ẑ corrected to second order for its number of samples; and J untouched."""
+    scores, _ = rewards_of(reward, reviews_models()[0], 512, 54321)
+    w = (scores / beta).exp()
+    log_z = w.mean(1).log() + w.var(1) / 512 / (2 * w.mean(1) ** 2)
+    return float(beta * log_z.mean()), float(scores.mean())
 
 
 TASKS: dict[str, tuple[Callable[[], Task], Callable[[], tuple[float, float]]]] = {
     "toy": (toy, toy_optimum),
-    "presence": (presence, presence_optimum),
+    "presence": (presence, functools.partial(reviews_optimum, names_the_film, 0.3)),
+    "rating": (rating, functools.partial(reviews_optimum, rated, 0.5)),
 }
 
 
@@ -260,6 +280,7 @@ METHODS: dict[str, Callable[..., Path]] = {
     "grpo": functools.partial(ours, objective="regularise", estimator="grpo"),
     "ppo, 4 epochs": functools.partial(ours, objective="regularise", estimator={"name": "ppo", "num_epochs": 4}),
     "ppo of prefixes": functools.partial(ours, objective="regularise", estimator=PREFIXES),
+    "ppo of prefixes, lam 1": functools.partial(ours, objective="regularise", estimator=PREFIXES | {"lam": 1.0}),
     "TRL RLOO": functools.partial(trl, kind="RLOO"),
     "TRL RLOO, 4 iterations": functools.partial(trl, kind="RLOO", num_iterations=4),
     "TRL GRPO": functools.partial(trl, kind="GRPO"),
