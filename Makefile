@@ -20,7 +20,7 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[deepspeed]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -78,7 +78,9 @@ def test_a_local_task_is_measured_before_and_after_on_the_loaded_models(config, 
 
 @pytest.mark.slow
 @installed("lm_eval")
-@pytest.mark.parametrize("text", ["task: [", "task: broken\ndataset_path: json\n", "- 3\n"])
+@pytest.mark.parametrize(
+    "text", ["task: [", "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: gone.json}\n", "- 3\n"]
+)
 def test_a_task_file_that_cannot_be_loaded_is_named_before_any_model_is(config, tmp_path, text, no_model):
     (path := tmp_path / "broken.yaml").write_text(text)
     (message,) = tiny.problems(tiny.run, config, f"evaluate.lm_eval=[{path}]")
