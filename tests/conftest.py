@@ -14,7 +14,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """The quickstart takes as long as half of the others: it comes first, so that they run beside it and none waits for it."""
+    """The quickstart takes as long as half of all the others: it comes first, and they run beside it."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
