@@ -40,7 +40,15 @@ def test_captured_log_probs_are_those_of_a_fresh_forward(device, engine, chunk):
 
 
 @pytest.mark.slow
-def test_a_whole_run_trains_on_the_device(device, start, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["policy.reference_share=.25", "policy.logprob_chunk=9", "estimator={name: rloo, num_epochs: 2}"],
+        ["policy.replay_steps=1", "objective=regularise", "estimator={name: ppo, critic: prefixes}"],
+    ],
+    ids=["rloo", "ppo of prefixes"],
+)
+def test_a_whole_run_trains_on_the_device(device, start, data, tmp_path, monkeypatch, words):
     made, trained_on = Training.__init__, []
 
     def remember(self, *args, **kwargs):
@@ -49,9 +57,7 @@ def test_a_whole_run_trains_on_the_device(device, start, data, tmp_path, monkeyp
 
     monkeypatch.setattr(stage.Training, "__init__", remember)
     config = tiny.write_config(tmp_path / "tiny.yaml", tiny.raw_config(start, data, tmp_path / "runs"))
-    folder = tiny.run(
-        config, "policy.reference_share=.25", "policy.logprob_chunk=9", "estimator={name: rloo, num_epochs: 2}"
-    )
+    folder = tiny.run(config, *words)
     assert trained_on == [device.type]
     assert (folder.path / "report.md").is_file()
     rows = tiny.jsonl(folder.path / "policy/metrics.jsonl")
