@@ -177,11 +177,11 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     return torch.stack(out[::-1], 1)
 
 
-def prefix_values(rewards: Tensor, mask: Tensor, scores: Tensor, num_generations: int, shrink: float = 8.0) -> Tensor:
+def prefix_values(rewards: Tensor, mask: Tensor, scores: Tensor, num_generations: int) -> Tensor:
     """V(x, y_<t) from what S scorers say of each prefix y_<t, `scores` [B, T, S]; token rewards and mask [B, T] → [B, T].
 
     At each position the return is regressed on those scores and on the mean return of the prompt's other completions, by
-    least squares with `shrink` observations of the mean position added, and kept within the returns that were seen. Each half
+    least squares with eight observations of the mean position added, and kept within the returns that were seen. Each half
     of the completions has its values from the other half, so that a value knows of its own completion no more than the
     prefix: as a baseline it is unbiased, and with lam = 1 so is `ppo`.
     """
@@ -196,7 +196,7 @@ def prefix_values(rewards: Tensor, mask: Tensor, scores: Tensor, num_generations
         x = torch.cat([torch.ones_like(x[..., :1]), _standardised(x, weight[..., None])], -1)  # [B, T, F]
         squares = torch.einsum("bt,btf,btg->tfg", weight, x, x)
         products = torch.einsum("bt,btf,bt->tf", weight, x, returns)
-        prior = shrink / weight.sum().clamp(min=1)
+        prior = 8 / weight.sum().clamp(min=1)
         squares, products = squares + prior * squares.sum(0), products + prior * products.sum(0)
         fit = torch.linalg.pinv(squares, hermitian=True, rtol=1e-9) @ products[..., None]
         seen = returns[weight.bool()] if bool(weight.any()) else returns.new_zeros(1)

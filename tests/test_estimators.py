@@ -153,7 +153,7 @@ def test_a_value_knows_of_its_own_completion_no_more_than_the_prefix(rollout, se
 @given(scored_rollouts(), st.floats(1e-3, 1e3), st.floats(-100, 100))
 def test_values_are_least_squares_whatever_the_unit_of_a_score(rollout, unit_of_score, offset):
     rewards, mask, of_prefixes, k = rollout
-    values, half = prefix_values(rewards, mask, of_prefixes, k, shrink=8.0), halves(len(mask), k)
+    values, half = prefix_values(rewards, mask, of_prefixes, k), halves(len(mask), k)
     returns = (rewards * mask).flip(1).cumsum(1).flip(1)
     for own in (half, ~half):
         prompts, fitted = torch.arange(len(mask)) // k, ~own

@@ -87,7 +87,7 @@ def scores_of_prefixes(
     """Each scorer's scores of what stood before each token, [B, T], zero at padding; `columns` are the completions'."""
     if not names:
         return {}
-    mask, ids = batch.sequences.mask.bool(), batch.token_ids()
+    mask, ids = batch.sequences.mask.bool(), columns["completion_ids"]
     places = mask.nonzero().tolist()
     prefixes = [ids[i][:t] for i, t in places]
     repeated = {name: [column[i] for i, _ in places] for name, column in columns.items() if isinstance(column, list)}
