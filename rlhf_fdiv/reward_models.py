@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,6 @@ class HiddenStates:
         return completion_states(self.model, self.tokenizer, self.layers, prompts, completions, batch_size)
 
 
-@torch.no_grad()
 def completion_states(
     model: Any,
     tokenizer: Any,
@@ -56,22 +58,43 @@ def completion_states(
 ) -> Tensor:
     """Hidden states of some layers side by side, averaged over each completion's tokens and what ends it.
 
-    [N, layers × hidden] in float32; sorted by length inside, so that little is padded. Completions are cut at `max_length`.
+    [N, layers × hidden] in float32. Completions are cut at `max_length`.
     """
-    prompt_ids, end = encode_prompts(prompts, tokenizer), end_id(prompts, tokenizer)
+    first, end = encode_prompts(prompts, tokenizer), end_id(prompts, tokenizer)
     ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
-    whole = [[*a, *b[:max_length], end] for a, b in zip(prompt_ids, ids, strict=True)]
+    behind = [[*row[:max_length], end] for row in ids]
+    features = torch.zeros(len(behind), len(layers) * model.config.hidden_size)
+    for rows, states, own in token_states(model, layers, first, behind, batch_size):
+        own = own.unsqueeze(-1)
+        features[rows] = ((states * own).sum(1) / own.sum(1)).cpu()
+    return features
+
+
+@torch.no_grad()
+def token_states(
+    model: Any, layers: list[int], prompts: list[list[int]], completions: list[list[int]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Hidden states of some layers side by side, [b, W, layers × hidden] in float32, and which of them are the completion's,
+    [b, W], for some rows of the token ids at a time: rows of like length, so that little is padded."""
+    whole = [[*a, *b] for a, b in zip(prompts, completions, strict=True)]
     order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
-    features = torch.zeros(len(whole), len(layers) * model.config.hidden_size)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         tokens, mask = (x.to(model.device) for x in pad([whole[i] for i in rows], 0, "right"))
         out = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        first = torch.tensor([len(prompt_ids[i]) for i in rows], device=mask.device)
-        own = (mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])).unsqueeze(-1)
-        pooled = [(out.hidden_states[layer].float() * own).sum(1) / own.sum(1) for layer in layers]
-        features[rows] = torch.cat(pooled, 1).cpu()
-    return features
+        first = torch.tensor([len(prompts[i]) for i in rows], device=mask.device)
+        own = mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])
+        yield rows, torch.cat([out.hidden_states[layer].float() for layer in layers], -1), own
+
+
+def of_prefixes(by_token: Callable[[Tensor, Tensor], Tensor], *texts: Any) -> list[float]:
+    """A number for what stands before each token of each completion, one completion after the other: that of the token
+    before it, by_token(states, own) → [b, W] of `token_states(*texts)`."""
+    found: dict[int, list[float]] = {}
+    for rows, states, own in token_states(*texts):
+        before = own.roll(-1, 1).bool()
+        found |= {i: x[kept].tolist() for i, x, kept in zip(rows, by_token(states, own), before, strict=True)}
+    return list(itertools.chain.from_iterable(found[i] for i in sorted(found)))
 
 
 @dataclass
@@ -83,10 +106,20 @@ class HeadReward:
     weight: Tensor  # [D]
     mean: Tensor  # [D]
     std: Tensor  # [D]
+    tokenizer = property(lambda self: self.states.tokenizer)
 
     def score(self, prompts: list[Prompt], completions: list[str], batch_size: int) -> list[float]:
         features = self.states(prompts, completions, batch_size)
         return (((features - self.mean) / self.std) @ self.weight).tolist()
+
+    def of_prefixes(self, prompts: list[list[int]], completions: list[list[int]], batch_size: int) -> list[float]:
+        """The score of the tokens so far, without what would end them; 0, the mean, of none."""
+
+        def so_far(states: Tensor, own: Tensor) -> Tensor:
+            weight, mean, std = (x.to(states.device) for x in (self.weight, self.mean, self.std))
+            return ((((states - mean) / std) @ weight) * own).cumsum(1) / own.cumsum(1).clamp(min=1)
+
+        return of_prefixes(so_far, self.states.model, self.states.layers, prompts, completions, batch_size)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +162,40 @@ class ClassifierReward:
             tokens, mask = (x.to(self.model.device) for x in part)
             scores += self.model(input_ids=tokens, attention_mask=mask).logits.squeeze(-1).float().tolist()
         return scores
+
+    def of_prefixes(
+        self, prompts: list[list[int]], completions: list[list[int]], batch_size: int
+    ) -> list[float] | None:
+        """The score at each token; None for an encoder, which reads what follows too."""
+        if not isinstance(head := getattr(self.model, "score", None), torch.nn.Module):
+            return None
+
+        def at_token(states: Tensor, own: Tensor) -> Tensor:
+            return head(states.to(self.model.dtype)).squeeze(-1).float()
+
+        return of_prefixes(at_token, self.model.base_model, [-1], prompts, completions, batch_size)
+
+
+class Judge:
+    """A reward model as a scorer, which has read every prefix of a completion when it has read the completion."""
+
+    def __init__(self, path: str, device: torch.device, batch_size: int) -> None:
+        self.model, self.batch_size = load_reward_model(path, device), batch_size
+
+    def __call__(self, prompts: list[Prompt], completions: list[str], **columns: Any) -> list[float]:
+        return self.model.score(prompts, completions, self.batch_size)
+
+    def of_prefixes(self, tokenizer: Any, prompts: list[Prompt], completions: list[list[int]]) -> list[float] | None:
+        """What it says of each completion before each of its tokens, one completion after the other; None where these tokens
+        are not its own."""
+        if not _same_vocabulary(tokenizer, self.model.tokenizer):
+            return None
+        return self.model.of_prefixes(encode_prompts(prompts, self.model.tokenizer), completions, self.batch_size)
+
+
+@functools.cache
+def _same_vocabulary(one: Any, other: Any) -> bool:
+    return bool(one.get_vocab() == other.get_vocab())
 
 
 def check_reward_model(path: str, prompts: list[Prompt]) -> None:

@@ -48,12 +48,11 @@ class RewardModel:
     name: ClassVar[str] = "reward_model"
 
     def open(self, device: torch.device) -> Score:
-        from rlhf_fdiv.reward_models import load_reward_model
+        from rlhf_fdiv.reward_models import Judge
 
         if self.path is None:
             raise UserError("scorers: a reward_model needs its `path`, or a reward stage in the same run")
-        model = load_reward_model(self.path, device)
-        return lambda prompts, completions, **columns: model.score(prompts, completions, self.batch_size)
+        return Judge(self.path, device, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -189,12 +188,21 @@ class Scorers:
 
         Raises UserError for a wrong count, type or nan, and for a None elsewhere.
         """
+        return self.of_prefixes(names, None, prompts=prompts, completions=completions, **columns)
+
+    def of_prefixes(
+        self, names: list[str], whole: Any, /, prompts: list[Prompt], completions: list[str], **columns: Any
+    ) -> dict[str, Tensor]:
+        """The same of prefixes of some completions: `whole` is what a scorer with an `of_prefixes` takes in their place."""
         needed, as_messages = with_parts(names, self.specs), is_chat(prompts)
 
         def start(name: str) -> Any:
             spec = self.specs[name]
             if name not in self._open:
                 self._open[name] = spec.open(self.device)
+            read = getattr(self._open[name], "of_prefixes", None) if whole else None
+            if read and (values := read(*whole)) is not None:
+                return values
             # a user's function gets TRL's form, scorers of ours read text
             texts = answers(completions) if as_messages and isinstance(spec, Function) else completions
             rows = {"prompts": prompts, "completions": texts, **columns}

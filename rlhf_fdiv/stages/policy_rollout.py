@@ -84,7 +84,8 @@ class Sampler:
 def scores_of_prefixes(
     scorers: Scorers, names: list[str], batch: Rollout, columns: dict[str, Any], tokenizer: Any
 ) -> dict[str, Tensor]:
-    """Each scorer's scores of what stood before each token, [B, T], zero at padding; `columns` are the completions'."""
+    """Each scorer's scores of what stood before each token, [B, T], zero at padding; `columns` are the completions'. A reward
+    model of the policy's vocabulary reads each completion once, others score each prefix as a text."""
     if not names:
         return {}
     mask, ids = batch.sequences.mask.bool(), columns["completion_ids"]
@@ -92,5 +93,5 @@ def scores_of_prefixes(
     prefixes = [ids[i][:t] for i, t in places]
     repeated = {name: [column[i] for i, _ in places] for name, column in columns.items() if isinstance(column, list)}
     repeated |= {"completion_ids": prefixes, "completions": tokenizer.batch_decode(prefixes, skip_special_tokens=True)}
-    scores = scorers(names, **columns | repeated)
+    scores = scorers.of_prefixes(names, (tokenizer, columns["prompts"], ids), **columns | repeated)
     return {name: x.new_zeros(mask.shape).masked_scatter(mask.to(x.device), x) for name, x in scores.items()}

@@ -1,0 +1,124 @@
+"""A reward model of the policy's vocabulary has read every prefix of a completion once it has read the completion."""
+
+import pytest
+import tiny
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from rlhf_fdiv.reward_models import HeadReward, HiddenStates, load_reward_model
+from rlhf_fdiv.rewards import RewardModel, Scorers, Threshold
+from rlhf_fdiv.rollout import Rollout
+from rlhf_fdiv.sequences import Sequences
+from rlhf_fdiv.stages.policy_rollout import scores_of_prefixes
+
+CPU = torch.device("cpu")
+PROMPTS = ["film : one review :", "film : two three four review :", "film : five review :"]
+TEXTS = ["the plot is very good <eos>", "a", "dull and weak <eos>"]
+SHARED = {"vocab_size": len(tiny.WORDS), "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.3}
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLASSIFIERS = {
+    "gpt2": lambda: GPT2ForSequenceClassification(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SHARED)),
+    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, **SHARED)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, **SHARED)),
+}
+
+
+def ids(texts, words):
+    return [words.convert_tokens_to_ids(text.split()) for text in texts]
+
+
+def classifier(folder, architecture, more_words=()):
+    torch.manual_seed(0)
+    CLASSIFIERS[architecture]().save_pretrained(folder)
+    words = tiny.tokenizer()
+    words.add_tokens([*more_words])
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def head(folder):
+    states = HiddenStates(tiny.model_folder(folder / "backbone"), "float32", [0.5, 1.0], CPU)
+    torch.manual_seed(0)
+    reward = HeadReward(states, {"backbone": str(folder / "backbone"), "dtype": "float32", "layers": [0.5, 1.0]},
+                        torch.randn(64), torch.randn(64), torch.rand(64) + 0.5)  # fmt: skip
+    reward.save(folder / "head")
+    return reward, str(folder / "head")
+
+
+def found(path, **spec):
+    """[3, 6], what the scorer says before each token, through the function that the policy stage calls."""
+    words = tiny.tokenizer()
+    rows = ids(TEXTS, words)
+    sequences = Sequences.of(ids(PROMPTS, words), rows)
+    zeros = torch.zeros(sequences.mask.shape)
+    columns = {
+        "prompts": PROMPTS,
+        "completions": words.batch_decode(rows, skip_special_tokens=True),
+        "completion_ids": rows,
+    }
+    specs = {"reward": RewardModel(path, **spec), "high": Threshold("reward", 0.1)}
+    scores = scores_of_prefixes(
+        Scorers(specs, CPU), [*specs], Rollout(sequences, zeros, zeros, [0, 1, 2]), columns, words
+    )
+    assert torch.equal(scores["high"], (scores["reward"] > 0.1).float() * sequences.mask)
+    return scores["reward"]
+
+
+def one_by_one(of_prefix):
+    """The same by `of_prefix(prompt ids, prefix ids)` for each of them."""
+    words, out = tiny.tokenizer(), torch.zeros(3, 6)
+    for i, (prompt, row) in enumerate(zip(ids(PROMPTS, words), ids(TEXTS, words), strict=True)):
+        out[i, : len(row)] = torch.tensor([of_prefix(prompt, row[:t]) for t in range(len(row))])
+    return out
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_causal_classifier_says_of_a_prefix_what_it_says_of_it_alone(tmp_path, architecture, batch_size):
+    path = classifier(tmp_path, architecture)
+    model = load_reward_model(path, CPU).model
+    with torch.no_grad():
+        alone = one_by_one(lambda prompt, prefix: float(model(input_ids=torch.tensor([[*prompt, *prefix]])).logits))
+    assert alone.std() > 0.1
+    torch.testing.assert_close(found(path, batch_size=batch_size), alone, rtol=1e-5, atol=1e-5)
+    low, high = alone.quantile(torch.tensor([0.3, 0.7])).tolist()
+    clipped = found(path, clip=(low, high))
+    torch.testing.assert_close(clipped[alone != 0], alone[alone != 0].clamp(low, high), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_a_head_scores_the_mean_of_the_tokens_so_far_and_0_before_the_first(tmp_path, batch_size):
+    reward, path = head(tmp_path)
+
+    @torch.no_grad()
+    def of_prefix(prompt, prefix):
+        if not prefix:
+            return 0.0
+        hidden = reward.states.model(torch.tensor([[*prompt, *prefix]]), output_hidden_states=True).hidden_states
+        features = torch.cat([hidden[layer][0, len(prompt) :].mean(0) for layer in (1, 2)])
+        return float(((features - reward.mean) / reward.std) @ reward.weight)
+
+    alone = one_by_one(of_prefix)
+    assert alone.std() > 0.1
+    torch.testing.assert_close(found(path, batch_size=batch_size), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", [("bert",), ("llama", ["six"])], ids=["an encoder", "another vocabulary"])
+def test_other_models_score_each_prefix_as_a_text(tmp_path, model):
+    """An encoder would have read what follows; another vocabulary has other tokens."""
+    path, words = classifier(tmp_path, *model), tiny.tokenizer()
+    judge = load_reward_model(path, CPU)
+
+    def as_text(prompt, prefix):
+        return judge.score([words.decode(prompt)], [words.decode(prefix)], 1)[0]
+
+    alone = one_by_one(as_text)
+    assert alone.std() > 0.01
+    torch.testing.assert_close(found(path), alone, rtol=1e-4, atol=1e-4)
