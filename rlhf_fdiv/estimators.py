@@ -121,8 +121,8 @@ class PPO:
     value head it is `reinforce`, sample by sample.
 
     The critic is a value head that is trained with the policy, or what the target's own scorers say of the `prefixes` of each
-    completion (`prefix_values`): it has no weights, so vf_coef and clip_range_value do nothing, but T times as many texts
-    are scored.
+    completion (`prefix_values`): it has no weights, so vf_coef and clip_range_value do nothing. For it a reward model of the
+    policy's vocabulary reads each completion once; by other scorers T times as many texts are scored.
     """
 
     critic: Literal["value_head", "prefixes"] = "value_head"

@@ -1,5 +1,7 @@
 """A reward model of the policy's vocabulary has read every prefix of a completion once it has read the completion."""
 
+from dataclasses import dataclass
+
 import pytest
 import tiny
 import torch
@@ -12,6 +14,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.reward_models import HeadReward, HiddenStates, load_reward_model
 from rlhf_fdiv.rewards import RewardModel, Scorers, Threshold
 from rlhf_fdiv.rollout import Rollout
@@ -52,7 +55,7 @@ def head(folder):
     return reward, str(folder / "head")
 
 
-def found(path, **spec):
+def found(spec):
     """[3, 6], what the scorer says before each token, through the function that the policy stage calls."""
     words = tiny.tokenizer()
     rows = ids(TEXTS, words)
@@ -63,7 +66,7 @@ def found(path, **spec):
         "completions": words.batch_decode(rows, skip_special_tokens=True),
         "completion_ids": rows,
     }
-    specs = {"reward": RewardModel(path, **spec), "high": Threshold("reward", 0.1)}
+    specs = {"reward": spec, "high": Threshold("reward", 0.1)}
     scores = scores_of_prefixes(
         Scorers(specs, CPU), [*specs], Rollout(sequences, zeros, zeros, [0, 1, 2]), columns, words
     )
@@ -87,9 +90,9 @@ def test_a_causal_classifier_says_of_a_prefix_what_it_says_of_it_alone(tmp_path,
     with torch.no_grad():
         alone = one_by_one(lambda prompt, prefix: float(model(input_ids=torch.tensor([[*prompt, *prefix]])).logits))
     assert alone.std() > 0.1
-    torch.testing.assert_close(found(path, batch_size=batch_size), alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found(RewardModel(path, batch_size=batch_size)), alone, rtol=1e-5, atol=1e-5)
     low, high = alone.quantile(torch.tensor([0.3, 0.7])).tolist()
-    clipped = found(path, clip=(low, high))
+    clipped = found(RewardModel(path, clip=(low, high)))
     torch.testing.assert_close(clipped[alone != 0], alone[alone != 0].clamp(low, high), rtol=1e-5, atol=1e-5)
 
 
@@ -107,7 +110,7 @@ def test_a_head_scores_the_mean_of_the_tokens_so_far_and_0_before_the_first(tmp_
 
     alone = one_by_one(of_prefix)
     assert alone.std() > 0.1
-    torch.testing.assert_close(found(path, batch_size=batch_size), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found(RewardModel(path, batch_size=batch_size)), alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", [("bert",), ("llama", ["six"])], ids=["an encoder", "another vocabulary"])
@@ -121,4 +124,32 @@ def test_other_models_score_each_prefix_as_a_text(tmp_path, model):
 
     alone = one_by_one(as_text)
     assert alone.std() > 0.01
-    torch.testing.assert_close(found(path), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found(RewardModel(path)), alone, rtol=1e-4, atol=1e-4)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A scorer of a user's own that can tell of every token at once."""
+
+    too_few: bool = False
+
+    def open(self, device):
+        return Counting(self.too_few)
+
+
+class Counting:
+    def __init__(self, too_few):
+        self.too_few = too_few
+
+    def __call__(self, prompts, completions, **columns):
+        raise AssertionError("it was asked once a token")
+
+    def of_prefixes(self, tokenizer, prompts, token_ids):
+        assert (len(tokenizer), prompts) == (len(tiny.WORDS), PROMPTS)
+        return [float(t) for row in token_ids for t in range(len(row) - self.too_few)]
+
+
+def test_a_scorer_of_ones_own_is_asked_once_and_checked_like_any_other():
+    assert found(Lengths()).tolist() == [[0, 1, 2, 3, 4, 5], [0] * 6, [0, 1, 2, 3, 0, 0]]
+    with pytest.raises(UserError, match=r"scorer 'reward' gave shape \[8\] for 11 completions"):
+        found(Lengths(too_few=True))
