@@ -22,7 +22,7 @@ import torch
 from rlhf_fdiv import comparison
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.board import Board
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.errors import UserError, told_as
 from rlhf_fdiv.grid import Cell, grid_cells, load, phases
 from rlhf_fdiv.tracking import write_atomically
 
@@ -48,7 +48,7 @@ def ablate(path: Path, overrides: list[str], how: How = How()) -> bool:
     metric = ablation.search.metric if ablation.search else ablation.report[0]
     finished = True
     for name, cells in phases(ablation):
-        finished = run_cells(cells, metric, how)
+        finished = run_cells(cells, metric, how) and finished
         if name == "shared" and not finished:
             break
     return finished
@@ -111,7 +111,7 @@ def run_cells(cells: list[Cell], metric: str, how: How) -> bool:
             while waiting and len(running) < how.jobs:
                 board.started(waiting[0])
                 try:
-                    future = pool.submit(_run_cell, waiting[0], how.launch)
+                    future = pool.submit(_run_cell, waiting[0].values, configs.to_dict(waiting[0].config), how.launch)
                 except BrokenProcessPool:  # by a cell that died, and whose future tells of it below
                     pool = _executor(how)
                     continue
@@ -158,18 +158,17 @@ def _submitit(options: dict[str, Any]) -> Any:
     except ImportError as error:
         raise UserError("--submitit: needs the package: pip install submitit") from error
     folder, cluster = options.get("folder", "runs/submitit"), options.get("cluster")
-    try:
+    with told_as("--submitit", (TypeError, NameError, ValueError)):
         executor = submitit.AutoExecutor(folder, cluster=cluster)
         executor.update_parameters(**{k: v for k, v in options.items() if k not in ("folder", "cluster")})
-    except (TypeError, NameError, ValueError) as error:
-        raise UserError(f"--submitit: {error}") from error
     return executor
 
 
-def _run_cell(cell: Cell, launch: str | None) -> None:
+def _run_cell(values: dict[str, Any], raw: dict[str, Any], launch: str | None) -> None:
     """In this process, or by `launch` in others; what it says goes into `log.txt`, why it failed into `failed.txt`."""
     from rlhf_fdiv.stages.common import execute
 
+    cell = Cell(values, configs.parse(raw))  # here, since a user's own class has its name only where its path was read
     cell.config.folder.mkdir(parents=True, exist_ok=True)
     cell.failure.unlink(missing_ok=True)
     with (cell.config.folder / "log.txt").open("a", encoding="utf-8") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import rlhf_fdiv
+from rlhf_fdiv.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +43,6 @@ PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the res
 
 def _load(first: str | None, option: Path | None, overrides: list[str] | None, stages: list[str] | None = None) -> Any:
     from rlhf_fdiv import config as configs
-    from rlhf_fdiv.errors import UserError
 
     words = [*([first] if first is not None else []), *(overrides or [])]
     if option is None:
@@ -69,17 +70,6 @@ def _run(
         typer.echo(f"report: {folder.path / 'report.md'}")
 
 
-@app.command()
-def run(
-    config: ConfigArgument = None,
-    overrides: Overrides = None,
-    config_option: ConfigOption = None,
-    print_config: PrintConfig = False,
-) -> None:
-    """All stages of a config, in order; finished ones are skipped."""
-    _run(config, config_option, overrides, print_config, None)
-
-
 def _stage_command(name: str, text: str) -> None:
     def command(
         config: ConfigArgument = None,
@@ -87,12 +77,13 @@ def _stage_command(name: str, text: str) -> None:
         config_option: ConfigOption = None,
         print_config: PrintConfig = False,
     ) -> None:
-        _run(config, config_option, overrides, print_config, [name])
+        _run(config, config_option, overrides, print_config, None if name == "run" else [name])
 
     command.__doc__ = text
     app.command(name)(command)
 
 
+_stage_command("run", "All stages of a config, in order; finished ones are skipped.")
 _stage_command("sft", "Supervised fine-tuning, its loss any f with finite f'(∞).")
 _stage_command("reward", "A reward model from human preferences.")
 _stage_command("policy", "On-policy alignment.")
@@ -126,8 +117,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Only the rows, as a JSON list, in GiB.")] = False,
 ) -> None:
     """The memory of training, per device and strategy, from configs alone: no weight is loaded, no step taken."""
-    import json
-
     from rich.console import Console
 
     from rlhf_fdiv import plan as planning
@@ -201,15 +190,15 @@ def list_divergences(
     from rich.table import Table
 
     from rlhf_fdiv import divergences
-    from rlhf_fdiv.plots import plot_divergences
 
-    if plot is not None:
-        plot_divergences(plot)
     table = Table("name", "f(t), t = π/p", "direction", "f'(∞)", "f''(1)")
     for name in divergences.names():
         table.add_row(*divergences.summary(divergences.get(name)))
     Console().print(table)
     if plot is not None:
+        from rlhf_fdiv.plots import plot_divergences
+
+        plot_divergences(plot)
         typer.echo(f"plot: {plot}")
 
 
@@ -222,8 +211,6 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Only the rows, as a JSON list.")] = False,
 ) -> None:
     """The proof of every divergence × objective × target × estimator; exit code 1 where a row fails."""
-    import json
-
     import torch
 
     from rlhf_fdiv import verify as proof
@@ -248,8 +235,6 @@ def verify(
 @app.command("config-schema")
 def config_schema() -> None:
     """JSON schema of every config section and choice."""
-    import json
-
     from rlhf_fdiv import config as configs
 
     typer.echo(json.dumps(configs.schema(), indent=2, ensure_ascii=False))
@@ -257,8 +242,6 @@ def config_schema() -> None:
 
 def main() -> None:
     """The console script: a user's mistake ends with its message and exit code 2, never with a traceback."""
-    from rlhf_fdiv.errors import UserError
-
     sys.path.insert(0, str(Path.cwd()))  # so that package.module:name finds a user's own file, as python -m does
     try:
         app()

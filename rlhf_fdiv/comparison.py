@@ -17,6 +17,7 @@ from rlhf_fdiv import divergences, metrics
 from rlhf_fdiv.config.files import read_yaml
 from rlhf_fdiv.errors import UserError, did_you_mean
 from rlhf_fdiv.objectives import OBJECTIVES
+from rlhf_fdiv.tracking import touches
 
 _NOT_A_SETTING = ("name", "output_dir", "reuse", "resume", "stages", "report_to", "push_to_hub", "hub_private_repo")
 SETTING = ["divergence", "rest"]
@@ -67,7 +68,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def setting_columns(table: pd.DataFrame, keys: list[str]) -> list[str]:
     """The columns of these config keys, the seed apart, in which the runs differ; a mapping has a column for each entry."""
-    inside = [c for key in keys for c in table if f"{c}.".startswith(f"config.{key}.") and c != "config.seed"]
+    inside = [c for key in keys for c in table if touches(c, [f"config.{key}"]) and c != "config.seed"]
     return [c for c in dict.fromkeys(inside) if table[c].astype(str).nunique() > 1]
 
 
@@ -98,8 +99,8 @@ def training_curves(table: pd.DataFrame, windows: int = 12) -> pd.DataFrame:
 
 def best_of_n_curve(table: pd.DataFrame, reward: str) -> pd.DataFrame:
     """Best of n = 1, 2, 4, … by `reward`, of the reference's held-out samples: KL and the mean of each score, over seeds."""
-    rows, k = [], int(table["config.evaluate.num_generations"].iloc[0])
-    for run in table.drop_duplicates("config.seed")["run"]:
+    rows = []
+    for run, k in table.drop_duplicates("config.seed")[["run", "config.evaluate.num_generations"]].to_numpy():
         samples = pd.read_parquet(Path(run) / "evaluate" / "samples.parquet").filter(regex="^sft_")
         scores = {c.removeprefix("sft_"): torch.tensor(samples[c].to_numpy()).view(-1, k) for c in samples}
         for n in (2**i for i in range(k.bit_length())):
@@ -186,7 +187,7 @@ def compare(table: pd.DataFrame, keys: list[str], key: str, pairs: list[tuple[st
     known = set(table[column])
     if unknown := [value for pair in pairs for value in pair if value not in known]:
         raise UserError(*(f"comparison: no run has {key} = {value!r}{did_you_mean(value, known)}" for value in unknown))
-    others = setting_columns(table, [k for k in keys if k != key])
+    others = [c for c in setting_columns(table, keys) if c != column]
     index = [table["config.seed"], *(table[c].astype(str) for c in others)]
     sides = table[metric].astype(float).groupby([*index, table[column]]).mean().unstack()
     by_seed = [(sides[a] - sides[b]).dropna().groupby("config.seed").mean().to_numpy() for a, b in pairs]

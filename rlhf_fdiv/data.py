@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_fdiv.assets import toy
 from rlhf_fdiv.chat import ROLES, Prompt, encode_prompts, end_id, is_chat
-from rlhf_fdiv.errors import UserError, did_you_mean, one_line
+from rlhf_fdiv.errors import UserError, did_you_mean, told_as
 
 PROMPTS: dict[str, type] = {"prompt": str}
 COMPLETIONS: dict[str, type] = {"prompt": str, "completion": str}
@@ -82,10 +82,8 @@ def _raw_rows(source: str) -> Iterable[Any]:
         raise UserError(f"{source}: no such file or folder")
     else:
         kind, read = "a file here or a dataset of the hub", _hub
-    try:
+    with told_as(f"{source}: not readable as {kind}"):  # what pyarrow and the hub raise is of many kinds
         return read(str(path))
-    except Exception as error:  # those of pyarrow and of the hub are of many kinds
-        raise UserError(f"{source}: not readable as {kind}: {one_line(error)}") from error
 
 
 def _json_lines(path: str) -> Iterator[Any]:
@@ -206,8 +204,9 @@ def extra_columns(rows: Rows) -> dict[str, list[Any]]:
 
 
 def have_references(rows: Rows) -> bool:
-    """Whether every row has a list of `references`."""
-    return all(isinstance(row.get("references"), list) and row["references"] for row in rows)
+    """Whether every row has a list of `references`, of texts: any other is a reward function's own affair."""
+    found = [row.get("references") for row in rows]
+    return all(isinstance(x, list) and x and all(isinstance(text, str) for text in x) for x in found)
 
 
 def reference_texts(rows: Rows, sft_eval: str | None, limit: int | None = None) -> Rows:

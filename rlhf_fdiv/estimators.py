@@ -177,15 +177,15 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     return torch.stack(out[::-1], 1)
 
 
-def prefix_values(rewards: Tensor, mask: Tensor, scores: Tensor, num_generations: int) -> Tensor:
+def prefix_values(rewards: Tensor, mask: Tensor, scores: Tensor, num_generations: int, gamma: float = 1.0) -> Tensor:
     """V(x, y_<t) from what S scorers say of each prefix y_<t, `scores` [B, T, S]; token rewards and mask [B, T] → [B, T].
 
     At each position the return is regressed on those scores and on the mean return of the prompt's other completions, by
     least squares with eight observations of the mean position added, and kept within the returns that were seen. Each half
     of the completions has its values from the other half, so that a value knows of its own completion no more than the
-    prefix: as a baseline it is unbiased, and with lam = 1 so is `ppo`.
+    prefix: as a baseline it is unbiased.
     """
-    returns = (rewards * mask).double().flip(1).cumsum(1).flip(1)
+    returns = generalised_advantages(rewards.double(), torch.zeros_like(rewards).double(), mask, gamma, 1.0)
     values, places = torch.zeros_like(returns), torch.arange(len(mask), device=mask.device)
     every_other = places % max(num_generations, 2) % 2 == 0  # within each prompt, however prompts are shared out
     for fitted in (every_other, ~every_other):

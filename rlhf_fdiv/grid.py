@@ -63,7 +63,7 @@ class Ablation:
     grid: Grid
     search: Search | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
-    report: list[str] = field(default_factory=lambda: ["policy.objective"])
+    report: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: ["policy.objective"])
     compare: list[tuple[str, str]] = field(default_factory=list)
     compare_by: str = "divergence"
     output_dir: str = "runs"
@@ -122,6 +122,9 @@ def load(path: Path, overrides: list[str] | None = None) -> Ablation:
     configs.files.with_overrides({}, overrides or [])  # where one is none, this says so
     pairs = (word.split("=", 1) for word in overrides or [])
     more = {key: configs.files.with_overrides({}, [f"value={value}"])["value"] for key, value in pairs}
+    searched = ablation.search.values if ablation.search else {}
+    if twice := [key for key in ablation.grid if key in more or key in searched]:
+        raise UserError(*(f"{path}: grid.{key}: is also an override or searched; keep one" for key in twice))
     return replace(ablation, config=str(path.parent / ablation.config), overrides=ablation.overrides | more)
 
 

@@ -110,7 +110,7 @@ class TokenOutputs(NamedTuple):
 def in_micro_batches(policy: Any, sequences: Sequences, size: int) -> TokenOutputs:
     """`policy(sequences)` without logits or gradient, `size` completions at a time, those of like length together."""
     order = sequences.mask.sum(1).argsort(stable=True)
-    parts = [policy(sequences[rows]) for rows in order.split(size)]
+    parts = [policy(sequences[rows])._replace(logits=None) for rows in order.split(size)]
     full = sequences.mask[:0]  # no row, as wide as all
 
     def joined(columns: list[Tensor]) -> Tensor:

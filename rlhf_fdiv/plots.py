@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from rlhf_fdiv import divergences
-from rlhf_fdiv.errors import UserError
+from rlhf_fdiv.errors import told_as
 
 
 def plot_divergences(path: Path) -> None:
@@ -28,8 +28,6 @@ def plot_divergences(path: Path) -> None:
     for axis in (left, right):
         axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
-    try:
+    with told_as(f"{path}: the plot cannot be written", (OSError, ValueError)):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the plot cannot be written: {error}") from error

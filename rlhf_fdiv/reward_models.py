@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -81,20 +81,12 @@ def token_states(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         tokens, mask = (x.to(model.device) for x in pad([whole[i] for i in rows], 0, "right"))
-        out = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        deep = layers != [-1]  # all layers' states would be kept for the sake of the last
+        out = model(input_ids=tokens, attention_mask=mask, output_hidden_states=deep, use_cache=False)
+        states = [out.hidden_states[layer] for layer in layers] if deep else [out.last_hidden_state]
         first = torch.tensor([len(prompts[i]) for i in rows], device=mask.device)
         own = mask * (torch.arange(mask.shape[1], device=mask.device) >= first[:, None])
-        yield rows, torch.cat([out.hidden_states[layer].float() for layer in layers], -1), own
-
-
-def of_prefixes(by_token: Callable[[Tensor, Tensor], Tensor], *texts: Any) -> list[float]:
-    """A number for what stands before each token of each completion, one completion after the other: that of the token
-    before it, by_token(states, own) → [b, W] of `token_states(*texts)`."""
-    found: dict[int, list[float]] = {}
-    for rows, states, own in token_states(*texts):
-        before = own.roll(-1, 1).bool()
-        found |= {i: x[kept].tolist() for i, x, kept in zip(rows, by_token(states, own), before, strict=True)}
-    return list(itertools.chain.from_iterable(found[i] for i in sorted(found)))
+        yield rows, torch.cat([x.float() for x in states], -1), own
 
 
 @dataclass
@@ -107,19 +99,18 @@ class HeadReward:
     mean: Tensor  # [D]
     std: Tensor  # [D]
     tokenizer = property(lambda self: self.states.tokenizer)
+    base_model = property(lambda self: self.states.model)
+    layers = property(lambda self: self.states.layers)
+    reads_forward: ClassVar[bool] = True
 
     def score(self, prompts: list[Prompt], completions: list[str], batch_size: int) -> list[float]:
         features = self.states(prompts, completions, batch_size)
         return (((features - self.mean) / self.std) @ self.weight).tolist()
 
-    def of_prefixes(self, prompts: list[list[int]], completions: list[list[int]], batch_size: int) -> list[float]:
+    def by_token(self, states: Tensor, own: Tensor) -> Tensor:
         """The score of the tokens so far, without what would end them; 0, the mean, of none."""
-
-        def so_far(states: Tensor, own: Tensor) -> Tensor:
-            weight, mean, std = (x.to(states.device) for x in (self.weight, self.mean, self.std))
-            return ((((states - mean) / std) @ weight) * own).cumsum(1) / own.cumsum(1).clamp(min=1)
-
-        return of_prefixes(so_far, self.states.model, self.states.layers, prompts, completions, batch_size)
+        weight, mean, std = (x.to(states.device) for x in (self.weight, self.mean, self.std))
+        return ((((states - mean) / std) @ weight) * own).cumsum(1) / own.cumsum(1).clamp(min=1)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +139,10 @@ def fit_head(f: Divergence, difference: Tensor, preference: Tensor, l2: float) -
 class ClassifierReward:
     """Any sequence classifier with one label, such as TRL's RewardTrainer makes."""
 
+    layers: ClassVar[list[int]] = [-1]
+    base_model = property(lambda self: self.model.base_model)
+    reads_forward = property(lambda self: isinstance(getattr(self.model, "score", None), torch.nn.Module))
+
     def __init__(self, path: str, device: torch.device) -> None:
         self.tokenizer = _classifier_tokenizer(path)
         self.model = from_safetensors(AutoModelForSequenceClassification, path, dtype="auto").to(device)
@@ -163,17 +158,9 @@ class ClassifierReward:
             scores += self.model(input_ids=tokens, attention_mask=mask).logits.squeeze(-1).float().tolist()
         return scores
 
-    def of_prefixes(
-        self, prompts: list[list[int]], completions: list[list[int]], batch_size: int
-    ) -> list[float] | None:
-        """The score at each token; None for an encoder, which reads what follows too."""
-        if not isinstance(head := getattr(self.model, "score", None), torch.nn.Module):
-            return None
-
-        def at_token(states: Tensor, own: Tensor) -> Tensor:
-            return head(states.to(self.model.dtype)).squeeze(-1).float()
-
-        return of_prefixes(at_token, self.model.base_model, [-1], prompts, completions, batch_size)
+    def by_token(self, states: Tensor, own: Tensor) -> Tensor:
+        """The score at each token."""
+        return self.model.score(states.to(self.model.dtype)).squeeze(-1).float()
 
 
 class Judge:
@@ -188,9 +175,16 @@ class Judge:
     def of_prefixes(self, tokenizer: Any, prompts: list[Prompt], completions: list[list[int]]) -> list[float] | None:
         """What it says of each completion before each of its tokens, one completion after the other; None where these tokens
         are not its own."""
-        if not _same_vocabulary(tokenizer, self.model.tokenizer):
+        model, found = self.model, dict[int, list[float]]()
+        known = model.base_model.get_input_embeddings().num_embeddings  # the policy's may be padded further
+        same = _same_vocabulary(tokenizer, model.tokenizer) and max(map(max, completions)) < known
+        if not (model.reads_forward and same):
             return None
-        return self.model.of_prefixes(encode_prompts(prompts, self.model.tokenizer), completions, self.batch_size)
+        texts = encode_prompts(prompts, model.tokenizer), completions
+        for rows, states, own in token_states(model.base_model, model.layers, *texts, self.batch_size):
+            before = own.roll(-1, 1).bool()  # a prefix has the score of its last token
+            found |= {i: x[b].tolist() for i, x, b in zip(rows, model.by_token(states, own), before, strict=True)}
+        return list(itertools.chain.from_iterable(found[i] for i in range(len(completions))))
 
 
 @functools.cache

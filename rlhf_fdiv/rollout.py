@@ -7,6 +7,7 @@ Always at temperature 1 over the full vocabulary, so that log-probs are those of
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from rlhf_fdiv.chat import stop_ids
 from rlhf_fdiv.estimators import importance_weights
 from rlhf_fdiv.models import under_adapter
-from rlhf_fdiv.sequences import Sequences, pad, pad_to_longest, sequence_sum, token_log_probs, wide
+from rlhf_fdiv.sequences import Sequences, pad, pad_to_longest, sequence_sum, wide
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Rollout:
     @property
     def drawn(self) -> Tensor:
         """Which completions the policy itself drew, [B]."""
-        return torch.ones_like(self.sequences.mask[:, 0], dtype=torch.bool) if self.own is None else self.own
+        everyone = torch.ones_like(self.sequences.mask[:, 0], dtype=torch.bool)
+        return everyone if self.own is None else self.own.to(everyone.device)
 
     @property
     def log_mu(self) -> Tensor:
@@ -92,21 +94,13 @@ def sample(
     lm: nn.Module, tokenizer: Any, prompts: list[list[int]], num_generations: int, noise: Tensor, engine: str = "cached"
 ) -> tuple[Sequences, Tensor, Tensor]:
     """Sequences, log-probs and entropies of `num_generations` completions a prompt; `noise` [B, T] sets T and the draws."""
-    device = next(lm.parameters()).device
+    device, stops = next(lm.parameters()).device, stop_ids(tokenizer)
     prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, tokenizer.pad_token_id, "left"))
-    if engine == "generate":
-        return _hf_generate(lm, tokenizer, prompt_ids, prompt_mask, num_generations, noise)
-    tokens, log_probs, entropy = _decode(
-        lm, prompt_ids, prompt_mask, num_generations, noise.to(device), stop_ids(tokenizer)
-    )
-    mask = _until_stop(tokens, stop_ids(tokenizer))
-    sequences = Sequences(
-        prompt_ids.repeat_interleave(num_generations, 0),
-        prompt_mask.repeat_interleave(num_generations, 0),
-        tokens,
-        mask,
-    )
-    return sequences, log_probs * mask, entropy * mask
+    draw = functools.partial(_hf_generate, tokenizer.pad_token_id) if engine == "generate" else _decode
+    tokens, log_probs, entropy = draw(lm, prompt_ids, prompt_mask, num_generations, noise.to(device), stops)
+    mask = _until_stop(tokens, stops)
+    prompt_ids, prompt_mask = (x.repeat_interleave(num_generations, 0) for x in (prompt_ids, prompt_mask))
+    return Sequences(prompt_ids, prompt_mask, tokens, mask), torch.where(mask.bool(), log_probs, 0.0), entropy * mask
 
 
 def sample_each(
@@ -131,44 +125,35 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each prompt is read once and its cache expanded; completions that have ended leave the batch."""
     cache = _in_place(DynamicCache(config=lm.config))
-    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-    out = lm(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        position_ids=positions,
-        past_key_values=cache,
-        logits_to_keep=1,
-    )
-    cache.batch_repeat_interleave(num_generations)
-    logits = wide(out.logits[:, -1].repeat_interleave(num_generations, 0))
-    attention = prompt_mask.repeat_interleave(num_generations, 0)
-    position = positions[:, -1:].repeat_interleave(num_generations, 0)
-
-    ends = torch.tensor(stops, device=noise.device)
-    rows, length = noise.shape
-    tokens = torch.full((rows, length), stops[0], device=noise.device)
-    log_probs, entropy = torch.zeros(2, rows, length, dtype=logits.dtype, device=noise.device)
-    alive = torch.arange(rows, device=noise.device)
+    ids, attention, position = prompt_ids, prompt_mask, (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    (rows, length), device = noise.shape, noise.device
+    ends, alive = torch.tensor(stops, device=device), torch.arange(rows, device=device)
+    tokens = torch.full((rows, length), stops[0], device=device)
     for t in range(length):
-        token, log_prob, spread = _inverse_cdf(logits, noise[alive, t])
-        tokens[alive, t], log_probs[alive, t], entropy[alive, t] = token, log_prob, spread
-        going = torch.isin(token, ends, invert=True).nonzero().squeeze(1)
-        if t + 1 == length or not len(going):
-            return tokens[:, : t + 1], log_probs[:, : t + 1], entropy[:, : t + 1]
-        if len(going) < len(alive):
-            cache.batch_select_indices(going)
-            alive, token, attention, position = alive[going], token[going], attention[going], position[going]
-        attention = torch.cat([attention, torch.ones_like(token[:, None])], 1)
-        position = position + 1
         out = lm(
-            input_ids=token[:, None],
+            input_ids=ids,
             attention_mask=attention,
             position_ids=position,
             past_key_values=cache,
             logits_to_keep=1,
         )
         logits = wide(out.logits[:, -1])
-    raise AssertionError("unreachable: the loop returns at its last step")
+        if t == 0:
+            cache.batch_repeat_interleave(num_generations)
+            each = (logits, attention, position[:, -1:])
+            logits, attention, position = (x.repeat_interleave(num_generations, 0) for x in each)
+            log_probs, entropy = torch.zeros(2, rows, length, dtype=logits.dtype, device=device)
+        token, log_prob, spread = _inverse_cdf(logits, noise[alive, t])
+        tokens[alive, t], log_probs[alive, t], entropy[alive, t] = token, log_prob, spread
+        going = torch.isin(token, ends, invert=True).nonzero().squeeze(1)
+        if t + 1 == length or not len(going):
+            break
+        if len(going) < len(alive):
+            cache.batch_select_indices(going)
+            alive, token, attention, position = alive[going], token[going], attention[going], position[going]
+        ids, position = token[:, None], position + 1
+        attention = torch.cat([attention, torch.ones_like(ids)], 1)
+    return tokens[:, : t + 1], log_probs[:, : t + 1], entropy[:, : t + 1]
 
 
 class _Appending(DynamicLayer):
@@ -263,8 +248,8 @@ def _neutral(lm: Any) -> Iterator[None]:
 
 
 def _hf_generate(
-    lm: Any, tokenizer: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor
-) -> tuple[Sequences, Tensor, Tensor]:
+    pad_id: int, lm: Any, prompt_ids: Tensor, prompt_mask: Tensor, num_generations: int, noise: Tensor, stops: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same distribution from `generate`; its sampler is seeded from the noise, so it repeats too."""
     with _neutral(lm), torch.random.fork_rng(devices=[prompt_ids.device] if prompt_ids.is_cuda else []):
         torch.manual_seed(int(noise[0, 0] * 2**53))  # all its bits: on a CPU the low 32 of them are the seed
@@ -277,20 +262,11 @@ def _hf_generate(
             top_k=0,  # transformers 5 truncates to 50 tokens unless told not to
             top_p=1.0,
             temperature=1.0,
-            eos_token_id=stop_ids(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stops,
+            pad_token_id=pad_id,
             return_dict_in_generate=True,
             output_logits=True,
         )
-    tokens = out.sequences[:, prompt_ids.shape[1] :]
-    mask = _until_stop(tokens, stop_ids(tokenizer))
-    logits = torch.stack(out.logits, 1).float()
-    log_p = torch.log_softmax(logits, -1)
-    entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
-    sequences = Sequences(
-        prompt_ids.repeat_interleave(num_generations, 0),
-        prompt_mask.repeat_interleave(num_generations, 0),
-        tokens,
-        mask,
-    )
-    return sequences, token_log_probs(logits, tokens, mask), entropy * mask
+    tokens, log_p = out.sequences[:, prompt_ids.shape[1] :], torch.stack(out.logits, 1).log_softmax(-1)
+    log_probs = log_p.gather(-1, tokens[..., None]).squeeze(-1)
+    return tokens, log_probs, -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)

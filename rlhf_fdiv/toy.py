@@ -60,15 +60,10 @@ def perturbed(lm: nn.Module, scale: float = 0.05, seed: int = 1) -> nn.Module:
     return lm
 
 
-def sequences_of(prompts: list[list[int]], texts: list[list[int]]) -> Sequences:
-    """One row a (prompt, text), padded as the library pads."""
-    return Sequences(*pad(prompts, PAD, "left"), *pad(texts, PAD, "right"))
-
-
 @functools.cache
 def everything() -> Sequences:
     """All completions of all prompts, [P × N] rows, a prompt's in consecutive rows."""
-    return sequences_of([p for p in PROMPTS for _ in TEXTS], TEXTS * P)
+    return Sequences.of([p for p in PROMPTS for _ in TEXTS], TEXTS * P)
 
 
 def exact_log_probs(policy: Policy) -> Tensor:

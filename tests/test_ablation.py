@@ -262,6 +262,34 @@ def read(path):
 
 
 @pytest.mark.slow
+def test_cells_of_other_processes_keep_the_name_of_a_users_own_class(make, tmp_path, call, monkeypatch):
+    (tmp_path / "own_target.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from rlhf_fdiv.targets import Tilted\n"
+        "@dataclass(frozen=True)\n"
+        "class Own(Tilted):\n"
+        "    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    target = {"name": "own_target:Own", "reward": "praise", "beta": 0.7}
+    path = make(POLICY | {"target": target}, grid={"seed": [0, 1]})
+    code, out, err = call("ablate", str(path), "--jobs", "2")
+    assert code == 0, out + err
+    assert resolved(tmp_path / "runs" / "ab" / "seed=0")["target"]["name"] == "own_target:Own"
+    assert call("ablate", str(path), "--jobs", "2") == (0, "", "")
+
+
+def test_all_is_well_only_if_the_search_was_too(make, monkeypatch):
+    ran = []
+    monkeypatch.setattr(ablation, "run_cells", lambda cells, *_: ran.append(cells) or len(ran) != 2)
+    monkeypatch.setattr(ablation, "phases", lambda _: [("shared", [1]), ("search", [2]), ("cells", [3])])
+    assert not ablation.ablate(make(POLICY, grid={"seed": [0]}), [])
+    assert ran == [[1], [2], [3]]
+
+
+@pytest.mark.slow
 def test_a_scheduler_takes_the_cells(make, tmp_path, call):
     path = make(POLICY, grid={"divergence": ["js", "tv"]})
     words = ["cluster=local", f"folder={tmp_path / 'jobs'}", "timeout_min=5"]
@@ -296,6 +324,11 @@ def test_a_grid_does_not_go_into_the_folder_of_a_run(make, tmp_path):
     assert "holds a run of its own" in problems(grid.load, make(POLICY, grid={"seed": [0]}))[0]
 
 
+def test_an_override_of_a_key_of_the_grid_is_refused(make):
+    path = make(POLICY, grid={"seed": [0], "divergence": ["js"]})
+    assert "grid.seed: is also an override" in problems(grid.load, path, ["seed=5"])[0]
+
+
 def test_overrides_reach_every_cell(make):
     ab = grid.load(make(POLICY, grid={"divergence": ["js", "tv"]}), ["policy.max_steps=7", "model.dtype=bfloat16"])
     assert {(c.config.policy.max_steps, c.config.model.dtype) for c in grid.grid_cells(ab)} == {(7, "bfloat16")}
@@ -313,6 +346,8 @@ def test_overrides_reach_every_cell(make):
         ({"grid": {"seed": [0]}, "config": "none.yaml"}, ("none.yaml: no such config file",)),
         ({"grid": {"sft.learning_rate": [1.0]}, "search": {"values": {"policy.learning_rate": [1.0]}, "by": []}},
          ("must hold sft.learning_rate",)),
+        ({"grid": {"seed": [0]}, "report": []}, ("report: ",)),
+        ({"grid": {"seed": [0]}, "search": {"values": {"seed": [1]}, "by": []}}, ("grid.seed: ", "keep one")),
     ],
     ids=lambda x: str(x)[:40],
 )  # fmt: skip

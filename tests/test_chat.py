@@ -10,7 +10,7 @@ import torch
 from architectures import tiny_model
 from tiny import WORDS, jsonl, problems, raw_config, run, write_config, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from toy import LENGTH, PROMPTS, VOCAB, sequences_of, tiny_lm
+from toy import LENGTH, PROMPTS, VOCAB, tiny_lm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rlhf_fdiv import config as configs
@@ -22,7 +22,7 @@ from rlhf_fdiv.models import Policy, load_tokenizer
 from rlhf_fdiv.reward_models import load_reward_model
 from rlhf_fdiv.rewards import Function, Length, Pattern, Scorers
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
-from rlhf_fdiv.sequences import sequence_sum
+from rlhf_fdiv.sequences import Sequences, sequence_sum
 from rlhf_fdiv.stages import prefer, sft
 from rlhf_fdiv.stages.common import check_inputs
 
@@ -171,7 +171,7 @@ TWO = SimpleNamespace(eos_token_id=3, pad_token_id=2, stop_ids=[3, 2])  # one of
 def test_a_rollout_stops_at_the_first_of_several_ends_and_its_language_has_mass_one(engine):
     lm = tiny_lm()
     texts = metrics.all_texts(VOCAB, stop_ids(TWO), LENGTH)
-    whole = sequences_of([PROMPTS[1]] * len(texts), texts)
+    whole = Sequences.of([PROMPTS[1]] * len(texts), texts)
     with torch.no_grad():
         log_pi = sequence_sum(Policy(lm)(whole).log_probs, whole.mask)
     assert abs(float(log_pi.exp().sum()) - 1) < 1e-12

@@ -57,6 +57,27 @@ def test_a_pair_is_matched_by_seed_and_setting_so_that_what_they_share_drops_out
     assert claim.sentence.startswith("js has a higher policy.objective than tv: +0.4")
 
 
+def test_a_grid_over_one_field_of_an_f_has_a_setting_for_each_value():
+    runs = table().assign(
+        **{"config.divergence": lambda x: x["config.divergence"].map({"js": "alpha(.3)", "tv": "alpha(.5)"})}
+    )
+    keys = ["divergence.alpha", "target.beta", "seed"]
+    assert comparison.setting_columns(runs, keys) == ["config.divergence", "config.target.beta"]
+    assert set(comparison.with_settings(runs, keys)["divergence"]) == {"alpha(.3)", "alpha(.5)"}
+
+
+def test_best_of_n_counts_each_runs_own_generations(tmp_path):
+    runs = []
+    for seed, k in enumerate((4, 6)):
+        (tmp_path / f"{seed}" / "evaluate").mkdir(parents=True)
+        samples = {"sft": ["a"] * 3 * k, "sft_reward": torch.arange(3.0 * k).numpy(), "policy_reward": [0.0] * 3 * k}
+        pd.DataFrame(samples).drop(columns="sft").to_parquet(tmp_path / f"{seed}" / "evaluate" / "samples.parquet")
+        runs.append({"run": str(tmp_path / f"{seed}"), "config.seed": seed, "config.evaluate.num_generations": k})
+    curve = comparison.best_of_n_curve(pd.DataFrame(runs), "reward").set_index("n")["reward"]
+    assert curve[1] == pytest.approx((5.5 + 8.5) / 2)
+    assert curve[4] > curve[2] > curve[1]
+
+
 def test_where_nothing_differs_no_difference_is_shown():
     (claim,) = compare(table(), KEYS, "divergence", PAIR, "policy.objective")
     assert claim.p > 0.05

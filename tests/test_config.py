@@ -847,6 +847,16 @@ def test_the_name_is_the_files_unless_given(write):
     assert load(write("mine.yaml", text), ["name=other"]).name == "other"
 
 
+def test_what_a_user_named_like_a_free_key_is_not_free():
+    old, new = ({"scorers": {"resume": {"name": "length", "scale": x}}, "policy": {"vllm": x}} for x in (1.0, 5.0))
+    assert differences(old, new, ("resume", "policy.vllm")) == ["scorers.resume.scale: 1.0 → 5.0"]
+
+
+@pytest.mark.parametrize("key", ["reuse", "push_to_hub", "output_dir"])
+def test_a_name_may_not_be_empty(key):
+    assert problems(parse, raw(f"{key}=''"))[0].startswith(f"{key}: ")
+
+
 def test_differences_name_each_key_with_old_and_new():
     old = to_dict(parse(raw()))
     new = to_dict(parse(raw("seed=3", "policy.max_steps=7", "divergence=js", "model.lora.r=2")))

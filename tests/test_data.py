@@ -14,7 +14,16 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fdiv import film_reviews
-from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, PROMPTS, RATINGS, file_hash, read_rows, tokenize_prompts
+from rlhf_fdiv.data import (
+    COMPLETIONS,
+    PREFERENCES,
+    PROMPTS,
+    RATINGS,
+    file_hash,
+    have_references,
+    read_rows,
+    tokenize_prompts,
+)
 from rlhf_fdiv.errors import UserError, did_you_mean
 
 ROWS = [
@@ -365,3 +374,9 @@ def test_did_you_mean_names_what_is_near_else_all_that_is_known():
 
 def test_a_user_errors_text_is_all_its_problems():
     assert str(UserError("first", "second")) == "first\nsecond"
+
+
+@pytest.mark.parametrize("references", [[3], ["a", None], "a", [], None])
+def test_references_that_are_no_texts_are_none(references):
+    assert not have_references([{"references": ["a"]}, {"references": references}])
+    assert have_references([{"references": ["a"]}, {"references": ["b", "c"]}])

@@ -93,6 +93,14 @@ def test_the_schedule_scales_the_step():
     assert steps == pytest.approx([0.1, 0.025, 0])
 
 
+def test_where_the_policy_drew_nothing_lambda_stays():
+    dual = DualAscent(Moments({"x": 0.5}, lambdas={"x": 2.0}, dual_learning_rate=0.1))
+    first = dual.step({"x": T(0, 0, 0, 1)})
+    before = dual.state_dict() | {}
+    assert dual.step({"x": T()}) == first
+    assert dual.state_dict() == before
+
+
 def test_a_feature_that_is_always_at_its_goal_moves_nothing():
     dual = DualAscent(Moments({"x": 0.5}, lambdas={"x": 2.0}, dual_learning_rate=0.1))
     assert dual.step({"x": T(0.5, 0.5)}) == {"lambda_x": 2.0}

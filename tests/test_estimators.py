@@ -23,7 +23,6 @@ from toy import (
     language,
     perturbed,
     scores,
-    sequences_of,
     text_index,
     tiny_lm,
 )
@@ -46,7 +45,7 @@ from rlhf_fdiv.estimators import (
 from rlhf_fdiv.models import Policy
 from rlhf_fdiv.objectives import Match, token_rewards
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
-from rlhf_fdiv.sequences import sequence_sum
+from rlhf_fdiv.sequences import Sequences, sequence_sum
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training
 
@@ -172,6 +171,17 @@ def test_values_are_least_squares_whatever_the_unit_of_a_score(rollout, unit_of_
             assert float(values[i, t]) == pytest.approx(np.clip(x[i, t] @ fit, goals.min(), goals.max()), abs=1e-6)
     again = prefix_values(rewards, mask, unit_of_score * of_prefixes + offset, k)
     assert torch.allclose(again, values, rtol=0, atol=1e-5)
+
+
+@quick
+@given(scored_rollouts(), unit)
+def test_a_value_is_of_the_discounted_return(rollout, gamma):
+    rewards, mask, of_prefixes, k = rollout
+    zero = torch.zeros_like(rewards)
+    returns = generalised_advantages(rewards, zero, mask, gamma, 1.0)  # γ times what follows, and nothing off it
+    by_token = returns - torch.cat([returns[:, 1:], zero[:, :1]], 1)
+    found = prefix_values(rewards, mask, of_prefixes, k, gamma)
+    torch.testing.assert_close(found, prefix_values(by_token, mask, of_prefixes, k), rtol=1e-6, atol=1e-6)
 
 
 def test_where_the_scores_of_prefixes_tell_the_return_the_advantage_has_no_noise():
@@ -415,11 +425,13 @@ TRAINED_TEXTS = [TEXTS[i] for i in (0, 5, 20, 100, 1, 60)]  # 2 completions a pr
 LR = 0.01
 
 
-def stepped(estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, lr=LR, architecture="llama"):
+def stepped(
+    estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, lr=LR, architecture="llama", prefix_scores=None
+):
     """The policy before and after `update`, what it was trained on, its figures and the number of optimiser steps."""
     policy = Policy(perturbed(tiny_lm(architecture)), value_head).double()
     before = copy.deepcopy(policy)
-    sequences = sequences_of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
+    sequences = Sequences.of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
     with torch.no_grad():
         log_probs = policy(sequences).log_probs
     batch = Rollout(sequences, log_probs, torch.zeros_like(log_probs), [0, 1, 2])
@@ -428,7 +440,7 @@ def stepped(estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, 
                             optim="sgd", learning_rate=lr)  # fmt: skip
     training, steps = Training(policy, options, Path(), Accelerator(cpu=True)), []
     training.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    figures = update(training, estimator, batch, rewards, 0)
+    figures = update(training, estimator, batch, rewards, 0, None, prefix_scores)
     return before, policy, sequences, rewards, figures, len(steps)
 
 
@@ -479,7 +491,7 @@ def test_micro_batches_are_of_texts_of_like_length_unless_groups_must_stay_whole
 
 def test_a_ppo_step_without_critic_clip_or_whitening_is_the_reinforce_step():
     settings_ = {"num_epochs": 1, "num_minibatches": 1, "lam": 1.0, "whiten_advantages": False, "clip_range": None}
-    sequences = sequences_of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
+    sequences = Sequences.of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
     last = torch.zeros_like(sequences.mask).scatter(1, sequences.mask.sum(1, keepdim=True) - 1, 1)
     terminal = normal(*last.shape) * last
     reinforce, ppo = (stepped(e, 4, value_head=e.value_head, rewards=terminal) for e in (Reinforce(), PPO(**settings_)))
@@ -493,6 +505,14 @@ def test_several_epochs_clip_and_shuffle_yet_each_pass_sees_every_row_once():
     one = PPO(num_epochs=1, num_minibatches=1, lam=1.0, whiten_advantages=False, clip_range=None, vf_coef=0.0)
     far, near = (change(*stepped(e, 6, True, lr=1e-7)[:2]) for e in (two, one))
     assert float((far - 6 * near).norm() / far.norm()) <= 1e-4
+
+
+@pytest.mark.parametrize("critic", ["value_head", "prefixes"])
+def test_a_second_minibatch_knows_that_the_policy_has_moved(critic):
+    scores_of_prefixes = normal(6, 4, 1) if critic == "prefixes" else None
+    ppo = PPO(critic, num_epochs=1, num_minibatches=2, clip_range=1e-6)
+    figures = stepped(ppo, 6, ppo.value_head, lr=1.0, prefix_scores=scores_of_prefixes)[4]
+    assert 0.2 < figures["clip_fraction"] < 0.8, "all of the second, none of the first"
 
 
 def test_the_gradient_norm_is_clipped_at_max_grad_norm():

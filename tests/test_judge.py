@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from rlhf_fdiv.errors import UserError
-from rlhf_fdiv.reward_models import HeadReward, HiddenStates, load_reward_model
+from rlhf_fdiv.reward_models import HeadReward, HiddenStates, Judge, load_reward_model
 from rlhf_fdiv.rewards import RewardModel, Scorers, Threshold
 from rlhf_fdiv.rollout import Rollout
 from rlhf_fdiv.sequences import Sequences
@@ -125,6 +125,13 @@ def test_other_models_score_each_prefix_as_a_text(tmp_path, model):
     alone = one_by_one(as_text)
     assert alone.std() > 0.01
     torch.testing.assert_close(found(RewardModel(path)), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_that_the_model_has_no_row_for_is_left_to_its_tokenizer(tmp_path):
+    """The policy's vocabulary may be padded further than the reward model's."""
+    judge = Judge(classifier(tmp_path, "llama"), CPU, 4)
+    assert len(judge.of_prefixes(tiny.tokenizer(), PROMPTS[:1], [[5, len(tiny.WORDS) - 1]])) == 2
+    assert judge.of_prefixes(tiny.tokenizer(), PROMPTS[:1], [[5, len(tiny.WORDS)]]) is None
 
 
 @dataclass(frozen=True)

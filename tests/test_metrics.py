@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy import EOS, N, P, every_architecture, everything, exact_log_probs, language, scores, sequences_of, tiny_lm
+from toy import EOS, N, P, every_architecture, everything, exact_log_probs, language, scores, tiny_lm
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fdiv import divergences
@@ -23,7 +23,7 @@ from rlhf_fdiv.metrics import (
 )
 from rlhf_fdiv.models import Policy
 from rlhf_fdiv.rollout import Rollout
-from rlhf_fdiv.sequences import sequence_sum
+from rlhf_fdiv.sequences import Sequences, sequence_sum
 from rlhf_fdiv.stages.policy_log import Log
 from rlhf_fdiv.targets import LogPartition
 
@@ -252,7 +252,7 @@ def test_a_paired_difference_clusters_by_prompt():
 
 def test_the_policys_sequence_log_probs_and_score_both_say_the_same():
     policy, reference = language("gpt2")
-    part = sequences_of([[1], [2, 0, 1]], [[0, 3], [1, 2, 0, 0]])
+    part = Sequences.of([[1], [2, 0, 1]], [[0, 3], [1, 2, 0, 0]])
     log_pi, log_a, _ = score_both(policy.lm, reference.lm, part, 1)
     with torch.no_grad():
         for found, lm in ((log_pi, policy.lm), (log_a, reference.lm)):

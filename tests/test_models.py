@@ -1,6 +1,7 @@
 """Policy, reference and what is written to disk: the ordinary Hugging Face folder that it must be."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -239,7 +240,15 @@ def test_micro_batches_of_any_size_give_every_row_its_own_log_probs_and_values(s
     batch = everything()[torch.arange(0, 363, 11)]
     texts = (F.pad(x, (0, 2)) for x in (batch.completion_ids, batch.mask))  # wider than any row needs
     loose = Sequences(batch.prompt_ids, batch.prompt_mask, *texts)
-    out, expected = in_micro_batches(policy, loose, size), policy(loose)
+    seen: list[weakref.ref] = []
+
+    def watched(part):
+        assert all(logits() is None for logits in seen), "the logits of one micro-batch are gone before the next"
+        out = policy(part)
+        seen.append(weakref.ref(out.logits))
+        return out
+
+    out, expected = in_micro_batches(watched, loose, size), policy(loose)
     assert not out.log_probs.requires_grad
     torch.testing.assert_close(out[:2], expected[:2], rtol=0, atol=1e-12)
     reference = Reference(policy, adapter_off=False)

@@ -864,3 +864,10 @@ def test_a_warm_start_leaves_the_estimate_of_z_unbiased(share):
 @pytest.mark.parametrize("f", COLLAPSED)
 def test_a_tenth_from_the_reference_is_enough_to_see_the_rest(f):
     require_in_band(f"{f}, rate 3, share .1", (-0.31, 0.13, 0.89, 0.16), *collapse(f, 3.0, share=0.1))
+
+
+def test_which_completions_were_drawn_is_said_where_they_are():
+    """Of noise, which is the CPU's, on whatever device the completions are; the figures are of both."""
+    elsewhere = Sequences(*(torch.zeros(2, 3, dtype=torch.long, device="meta") for _ in range(4)))
+    batch = Rollout(elsewhere, *torch.zeros(2, 2, 3, device="meta"), [0], own=torch.tensor([True, False]))
+    assert batch.drawn.device.type == "meta"

@@ -26,7 +26,7 @@ from tiny import (
     write_config,
     write_rows,
 )
-from toy import FS, N, P, exact_log_probs, label, language, sequences_of, tiny_lm
+from toy import FS, N, P, exact_log_probs, label, language, tiny_lm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fdiv import config as configs
@@ -36,6 +36,7 @@ from rlhf_fdiv.models import Policy
 from rlhf_fdiv.objectives import Distil, Prefer, soft_labels
 from rlhf_fdiv.optima import regularised_optimum
 from rlhf_fdiv.rollout import sample, uniforms
+from rlhf_fdiv.sequences import Sequences
 from rlhf_fdiv.stages import prefer as prefer_stage
 from rlhf_fdiv.stages.distil import token_divergences
 from rlhf_fdiv.stages.training import Training, row_order
@@ -969,7 +970,7 @@ def test_padding_contributes_nothing_to_loss_or_gradient(architecture):
     f = divergences.get("js")
 
     def loss(p, t):
-        batch = sequences_of(p, t)
+        batch = Sequences.of(p, t)
         with torch.no_grad():
             theirs = teacher(batch).logits
         return token_divergences(Distil(), f, student(batch).logits, theirs, batch.mask, 2).sum(-1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import EOS, INF, PAD, PROMPTS, TEXTS, every_architecture, everything, language, sequences_of
+from toy import EOS, INF, PAD, PROMPTS, TEXTS, every_architecture, everything, language
 
 from rlhf_fdiv.sequences import Sequences, at_last_token, pad, sequence_sum, token_log_probs
 
@@ -81,9 +81,9 @@ def test_a_text_scored_alone_equals_the_same_text_in_a_padded_batch(architecture
     prompts = [p for p in PROMPTS for _ in range(4)]
     texts = [TEXTS[0], TEXTS[2], TEXTS[8], TEXTS[-1]] * 3
     with torch.no_grad():
-        together = policy(sequences_of(prompts, texts)).log_probs
+        together = policy(Sequences.of(prompts, texts)).log_probs
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            alone = policy(sequences_of([prompt], [text])).log_probs[0]
+            alone = policy(Sequences.of([prompt], [text])).log_probs[0]
             assert torch.allclose(together[row, : len(text)], alone, rtol=0, atol=1e-10)
             assert (together[row, len(text) :] == 0).all()
 
@@ -121,7 +121,7 @@ def test_selected_rows_lose_others_padding_and_keep_their_log_probs(rows, archit
 
 
 def test_positions_count_tokens_from_zero_through_left_padding():
-    inputs = sequences_of([[1], [2, 0, 1]], [[1, EOS], [0, 0]]).model_inputs()
+    inputs = Sequences.of([[1], [2, 0, 1]], [[1, EOS], [0, 0]]).model_inputs()
     assert inputs["position_ids"].tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     assert inputs["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert inputs["input_ids"].tolist() == [[0, 0, 1, 1, EOS], [2, 0, 1, 0, 0]]

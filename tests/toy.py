@@ -25,7 +25,6 @@ from rlhf_fdiv.toy import (
     exact_log_probs,
     perturbed,
     scores,
-    sequences_of,
     text_index,
     tiny_lm,
 )
@@ -53,7 +52,6 @@ __all__ = [
     "language",
     "perturbed",
     "scores",
-    "sequences_of",
     "text_index",
     "tiny_lm",
     "trainable",

@@ -7,35 +7,24 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlhf_fdiv import divergences
 from rlhf_fdiv.config.files import Dumper, find_config, merge, read_yaml, with_overrides
 from rlhf_fdiv.config.options import STAGES, RunConfig
-from rlhf_fdiv.errors import UserError, did_you_mean, one_line
+from rlhf_fdiv.errors import UserError, did_you_mean, told_as
 from rlhf_fdiv.estimators import ESTIMATORS
 from rlhf_fdiv.objectives import OBJECTIVES
 from rlhf_fdiv.parts import load as load_part
 from rlhf_fdiv.parts import named
-from rlhf_fdiv.ranges import Integer
 from rlhf_fdiv.rewards import SCORERS, Function, check_scorers
 from rlhf_fdiv.targets import TARGETS
 
-_PLAIN: dict[str, Any] = {
-    "name": str,
-    "seed": Annotated[Integer, Field(ge=0, lt=2**32)],
-    "output_dir": Annotated[str, Field(min_length=1)],
-    "stages": Annotated[list[Literal[STAGES]], Field(min_length=1)],  # type: ignore[valid-type]
-    "reuse": str | None,
-    "resume": Literal[STAGES] | None,  # type: ignore[valid-type]
-    "report_to": Literal["tensorboard", "wandb", "trackio", "none"],
-    "push_to_hub": str | None,
-    "hub_private_repo": bool,
-}
-_SECTIONS: dict[str, Any] = {k: v for k, v in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(v)}
+_KINDS: dict[str, Any] = get_type_hints(RunConfig, include_extras=True)
+_SECTIONS = {key: kind for key, kind in _KINDS.items() if dataclasses.is_dataclass(kind)}
 _CHOICES: dict[str, dict[str, Any]] = {"objective": OBJECTIVES, "target": TARGETS, "estimator": ESTIMATORS}
 _NEEDED = {  # what a user's own class must have, by what it is chosen for; docs/your_own_parts.md tells of it
     "target": ("scorers", "has_zeros", "potential"),
@@ -43,7 +32,8 @@ _NEEDED = {  # what a user's own class must have, by what it is chosen for; docs
     "scorers": ("open",),
 }
 _DEFAULTS = {"objective": "match", "target": "tilted", "estimator": "rloo"}
-TOP_LEVEL = (*_PLAIN, *_SECTIONS, *_CHOICES, "divergence", "scorers")
+TOP_LEVEL = tuple(_KINDS)
+_PLAIN = {key: _KINDS[key] for key in TOP_LEVEL if key not in (*_SECTIONS, *_CHOICES, "divergence", "scorers")}
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 for _cls in (*_SECTIONS.values(), *(c for r in (*_CHOICES.values(), SCORERS) for c in r.values())):
@@ -73,12 +63,9 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         values[key] = validate(cls, {} if raw.get(key) is None else raw[key], key, problems)
     for key, default in _DEFAULTS.items():
         values[key] = _choice(_CHOICES[key], raw.get(key, default), key, problems, default)
-    scorers = raw.get("scorers", {"reward": "reward_model"})
-    if isinstance(scorers, dict):
-        values["scorers"] = {str(n): _choice(SCORERS, s, f"scorers.{n}", problems) for n, s in scorers.items()}
-    else:
-        problems.append(f"scorers: must map names to scorers, not {scorers!r}")
-        values["scorers"] = {"": None}
+    scorers = validate(dict[Any, Any], raw.get("scorers", {"reward": "reward_model"}), "scorers", problems)
+    chosen = {str(n): _choice(SCORERS, s, f"scorers.{n}", problems) for n, s in (scorers or {}).items()}
+    values["scorers"] = {"": None} if scorers is None else chosen
     fs = {key: _divergence(spec, key, problems) for key, spec in _divergences(raw).items()}
     values["divergence"] = fs["divergence"]
     stages = values.get("stages", ("sft", "reward", getattr(values["objective"], "stage", "policy"), "evaluate")) or ()
@@ -174,10 +161,8 @@ def _own(path: str, choice: str) -> Any:
         raise UserError(f"{path!r} is no dataclass with {', '.join(lacking)}")
     if not found.__module__.startswith("rlhf_fdiv."):
         found.name, found.__pydantic_config__ = path, STRICT
-    try:
+    with told_as(f"{path!r} has a field that cannot be checked"):
         TypeAdapter(found)
-    except Exception as error:  # an annotation that no value of a config can have, or that cannot be read
-        raise UserError(f"{path!r} has a field that cannot be checked: {one_line(error)}") from error
     return found
 
 
@@ -282,7 +267,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...
         if key in ignore or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
-            inside = tuple(x.removeprefix(f"{key}.") for x in ignore)
+            inside = tuple(x.removeprefix(f"{key}.") for x in ignore if x.startswith(f"{key}."))
             lines += [f"{key}.{line}" for line in differences(a, b, inside)]
         else:
             lines.append(f"{key}: {a!r} → {b!r}")

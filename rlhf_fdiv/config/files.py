@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_fdiv.errors import UserError, one_line
+from rlhf_fdiv.errors import UserError, one_line, told_as
 from rlhf_fdiv.parts import named
 
 CHOICES = ("objective", "target", "estimator", "divergence")  # a bare string in their place is their name
@@ -90,16 +90,13 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A config file with everything its `base` files give, the nearer file winning. Raises UserError, naming the file."""
     if path.resolve() in seen:
         raise UserError(f"{path}: its `base` leads back to itself")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_LIMIT + 1)
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such config file")
+    with told_as(f"{path}: not readable as YAML", _YAML_ERRORS), path.open(encoding="utf-8-sig") as file:
+        text = file.read(_LIMIT + 1)
         if len(text) > _LIMIT:
             raise ValueError(f"longer than {_LIMIT:,} characters; is it a config at all?")
         raw = yaml.load(text, _Loader)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such config file") from error
-    except _YAML_ERRORS as error:
-        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of keys, not {type(raw).__name__}")
     bases = raw.pop("base", None)

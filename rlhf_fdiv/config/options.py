@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Le, MinLen
+from annotated_types import Gt, Le, Lt, MinLen
 from pydantic import Field
 
 from rlhf_fdiv import divergences
@@ -180,12 +180,12 @@ class RunConfig:
     prefer: PreferOptions
     distil: DistilOptions
     evaluate: EvaluateOptions
-    stages: list[str]
-    seed: int = 0
-    output_dir: str = "runs"
+    stages: Annotated[list[Literal[STAGES]], MinLen(1)]  # type: ignore[valid-type]
+    seed: Annotated[CountOrZero, Lt(2**32)] = 0
+    output_dir: Annotated[str, MinLen(1)] = "runs"
     reuse: Annotated[str, MinLen(1)] | None = None
-    resume: Annotated[str, MinLen(1)] | None = None
-    report_to: str = "tensorboard"
+    resume: Literal[STAGES] | None = None  # type: ignore[valid-type]
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     push_to_hub: Annotated[str, MinLen(1)] | None = None
     hub_private_repo: bool = True
 

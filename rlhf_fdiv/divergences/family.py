@@ -321,26 +321,6 @@ class Jeffreys(Divergence):
 
 
 @dataclass(frozen=True, repr=False)
-class ChiMix(Divergence):
-    """½χ²(π‖p) + KL(π‖p): Pearson's guard against over-optimisation, with the f'(0⁺) = −∞ that `prefer` needs (χPO)."""
-
-    name: ClassVar[str] = "chi_mix"
-    formula: ClassVar[str] = "½(t−1)² + t ln t − t + 1"
-    direction: ClassVar[str] = "½χ²(π‖p) + KL(π‖p)"
-    f_prime_at_infinity: ClassVar[float] = math.inf
-    curvature: ClassVar[float] = 2.0
-
-    def f(self, s: Tensor) -> Tensor:
-        return torch.expm1(s) ** 2 / 2 + _t_log_t(s)
-
-    def f_prime(self, s: Tensor) -> Tensor:
-        return torch.expm1(s) + s
-
-    def dual(self) -> Divergence:
-        return Mixture((NeymanChi2(), ForwardKL()), (0.5, 1.0))
-
-
-@dataclass(frozen=True, repr=False)
 class Mixture(Divergence):
     """Σ wᵢ·fᵢ, wᵢ ≥ 0: `{name: mixture, components: [js, {name: alpha, alpha: 2}], weights: [1, 0.1]}`."""
 
@@ -367,6 +347,17 @@ class Mixture(Divergence):
 
     def dual(self) -> Divergence:
         return Mixture(tuple(f.dual() for f in self.components), self.weights)
+
+
+@dataclass(frozen=True, repr=False)
+class ChiMix(Mixture):
+    """½χ²(π‖p) + KL(π‖p): Pearson's guard against over-optimisation, with the f'(0⁺) = −∞ that `prefer` needs (χPO)."""
+
+    components: tuple[Divergence, ...] = dataclasses.field(default=(PearsonChi2(), ReverseKL()), init=False)
+    weights: tuple[float, ...] = dataclasses.field(default=(0.5, 1.0), init=False)
+    name: ClassVar[str] = "chi_mix"
+    formula: ClassVar[str] = "½(t−1)² + t ln t − t + 1"
+    direction: ClassVar[str] = "½χ²(π‖p) + KL(π‖p)"
 
 
 FAMILY: tuple[type[Divergence], ...] = (

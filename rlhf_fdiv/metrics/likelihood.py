@@ -10,12 +10,8 @@ from torch import Tensor, nn
 
 from rlhf_fdiv.chat import encode_prompts
 from rlhf_fdiv.data import COMPLETIONS, Rows, tokenize_completions
-from rlhf_fdiv.models import read_completions
-from rlhf_fdiv.sequences import Sequences, token_log_probs, wide
-
-
-def _logits(lm: Any, sequences: Sequences) -> Tensor:
-    return wide(read_completions(lm, lm, sequences).logits)
+from rlhf_fdiv.models import Policy, in_micro_batches
+from rlhf_fdiv.sequences import Sequences, wide
 
 
 @torch.no_grad()
@@ -26,24 +22,19 @@ def score_both(
 
     The sum has the expectation of log π − log a (chain rule) and less variance.
     """
-    columns = []
+    models, columns = (Policy(policy), Policy(reference)), []
     for rows in torch.arange(len(sequences)).split(batch_size):
         part = sequences[rows]
-        ours, theirs = _logits(policy, part), _logits(reference, part)
-        log_pi = token_log_probs(ours, part.completion_ids, part.mask).sum(-1)
-        log_a = token_log_probs(theirs, part.completion_ids, part.mask).sum(-1)
-        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
-        kl = ((ours.exp() * (ours - theirs)).sum(-1) * part.mask).sum(-1)
-        columns.append(torch.stack([log_pi, log_a, kl], 1).double().cpu())
+        ours, theirs = (model(part) for model in models)
+        log_pi, log_a = (wide(x.logits).log_softmax(-1) for x in (ours, theirs))
+        kl = ((log_pi.exp() * (log_pi - log_a)).sum(-1) * part.mask).sum(-1)
+        columns.append(torch.stack([ours.log_probs.sum(-1), theirs.log_probs.sum(-1), kl], 1).double().cpu())
     return torch.cat(columns).unbind(1)  # type: ignore[return-value]
 
 
-@torch.no_grad()
 def score(lm: nn.Module, sequences: Sequences, batch_size: int) -> Tensor:
     """log-prob of each completion under one model, [B] in float64, nats."""
-    parts = (sequences[rows] for rows in torch.arange(len(sequences)).split(batch_size))
-    by_token = [token_log_probs(_logits(lm, part), part.completion_ids, part.mask) for part in parts]
-    return torch.cat([x.sum(-1).double().cpu() for x in by_token])
+    return in_micro_batches(Policy(lm), sequences, batch_size).log_probs.double().sum(-1).cpu()
 
 
 @torch.no_grad()
@@ -57,7 +48,7 @@ def perplexity(lm: Any, tokenizer: Any, rows: Rows, batch_size: int) -> dict[str
         prompts, texts = ([r[key] for r in batch] for key in COMPLETIONS)
         prompt_ids, ids = encode_prompts(prompts, tokenizer), tokenize_completions(prompts, texts, tokenizer, 10**9)
         sequences = Sequences.of(prompt_ids, ids, device)
-        nats -= float(token_log_probs(_logits(lm, sequences), sequences.completion_ids, sequences.mask).sum())
+        nats -= float(Policy(lm)(sequences).log_probs.sum())
         tokens += float(sequences.mask.sum())
         characters += sum(len(r["completion"]) for r in batch)
     return {"perplexity": math.exp(nats / tokens), "bits_per_character": nats / math.log(2) / characters}

@@ -137,7 +137,8 @@ def solve_target(config: RunConfig, sampler: Sampler, scorers: Scorers, log_part
         return target
     accelerator, total = sampler.training.accelerator, len(sampler.rows)
     wanted = min(moments.num_prompts if moments else total, total)
-    prompts = row_order(config.seed + 1, 1, wanted - wanted % accelerator.num_processes, total)
+    count = max(wanted - wanted % accelerator.num_processes, accelerator.num_processes)
+    prompts = row_order(config.seed + 1, 1, count, total)
     table = reference_scores(sampler, scorers, list(target.scorers), prompts, num_generations)
     try:
         target, solution = targets.solve(target, table, extrapolate=True)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf_fdiv.chat import stop_ids
-from rlhf_fdiv.checkpoints import newest_checkpoint
+from rlhf_fdiv.checkpoints import what_is_kept
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Policy, merged
 from rlhf_fdiv.rollout import Rollout
@@ -119,11 +119,9 @@ class Server:
         raise self._failure(f"policy.vllm: {url} {problem}")
 
     def _failure(self, problem: str) -> UserError:
-        last = newest_checkpoint(self.training.out)
-        then = f"goes on from {last}, which is intact" if last else "starts anew: there is no checkpoint yet"
         return UserError(
-            f"{problem}. Start the server as docs/faster_and_larger.md says, with the model that this run starts from; "
-            f"then the same command {then}"
+            f"{problem}. Start the server as docs/faster_and_larger.md says, with the model that this run starts from. "
+            f"{what_is_kept(self.training.out)}"
         )
 
 

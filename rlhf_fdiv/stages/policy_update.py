@@ -69,12 +69,14 @@ class Loss:
             # by the forward that training uses
             before = in_micro_batches(training.policy, batch.sequences, training.options.per_device_train_batch_size)
             self.old_log_probs, self.old_values = before.log_probs, before.values
-        elif self.unclipped or estimator.num_epochs == 1:
+        elif self.unclipped or estimator.num_epochs * getattr(estimator, "num_minibatches", 1) == 1:
             self.old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
         # of the completions of all processes together: whitening and figures must not depend on how they are shared out
         parts = (rewards, mask, self.old_values, batch.weights(self.cap), prefix_scores)
         rewards, self.all_masks, values, self.all_weights, prefixes = (training.gather(x) for x in parts)
-        self.all_values = values if prefixes is None else prefix_values(rewards, self.all_masks, prefixes, self.k)
+        if prefixes is not None:
+            values = prefix_values(rewards, self.all_masks, prefixes, self.k, estimator.gamma)
+        self.all_values = values
         self.estimated = estimator(rewards, self.all_masks, self.k, self.all_values, self.all_weights)
         self.advantages, self.returns = (training.own(x, mask) for x in self.estimated)
         self.first_step, self.first_log_probs = True, torch.zeros_like(batch.log_probs)

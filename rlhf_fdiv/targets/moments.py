@@ -192,9 +192,11 @@ class DualAscent:
         returns each `lambda_…` from now on."""
         if not self.rate:
             return {}
-        self._steps += 1
-        for name, goal in self.goal.items():
-            distance = goal - scores[name].double()
+        distances = {name: goal - scores[name].double() for name, goal in self.goal.items()}
+        if any(len(x) == 0 for x in distances.values()):  # the reference drew all of them
+            distances = {}
+        self._steps += bool(distances)
+        for name, distance in distances.items():
             self._spread[name] += (float((distance**2).mean()) - self._spread[name]) / self._steps
             if self._spread[name]:
                 self.lambdas[name] += schedule * self.rate * float(distance.mean()) / self._spread[name]
