@@ -177,17 +177,25 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     return torch.stack(out[::-1], 1)
 
 
-def prefix_values(rewards: Tensor, mask: Tensor, scores: Tensor, num_generations: int, gamma: float = 1.0) -> Tensor:
+def prefix_values(
+    rewards: Tensor,
+    mask: Tensor,
+    scores: Tensor,
+    num_generations: int,
+    gamma: float = 1.0,
+    places: Tensor | None = None,
+) -> Tensor:
     """V(x, y_<t) from what S scorers say of each prefix y_<t, `scores` [B, T, S]; token rewards and mask [B, T] → [B, T].
 
     At each position the return is regressed on those scores and on the mean return of the prompt's other completions, by
     least squares with eight observations of the mean position added, and kept within the returns that were seen. Each half
     of the completions has its values from the other half, so that a value knows of its own completion no more than the
-    prefix: as a baseline it is unbiased.
+    prefix: as a baseline it is unbiased. Which half a completion is in goes by its place in its step, `places` [B].
     """
+    places = torch.arange(len(mask), device=mask.device) if places is None else places
     returns = generalised_advantages(rewards.double(), torch.zeros_like(rewards).double(), mask, gamma, 1.0)
-    values, places = torch.zeros_like(returns), torch.arange(len(mask), device=mask.device)
-    every_other = places % max(num_generations, 2) % 2 == 0  # within each prompt, however prompts are shared out
+    values = torch.zeros_like(returns)
+    every_other = places % max(num_generations, 2) % 2 == 0  # within each prompt where it has several
     for fitted in (every_other, ~every_other):
         kept, weight = fitted.view(-1, num_generations).double(), (mask * fitted[:, None]).double()
         total = returns[:, :1].view(-1, num_generations) * kept

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
@@ -101,7 +102,7 @@ class HeadReward:
     tokenizer = property(lambda self: self.states.tokenizer)
     base_model = property(lambda self: self.states.model)
     layers = property(lambda self: self.states.layers)
-    reads_forward: ClassVar[bool] = True
+    head = property(lambda self: self.weight)
 
     def score(self, prompts: list[Prompt], completions: list[str], batch_size: int) -> list[float]:
         features = self.states(prompts, completions, batch_size)
@@ -141,7 +142,7 @@ class ClassifierReward:
 
     layers: ClassVar[list[int]] = [-1]
     base_model = property(lambda self: self.model.base_model)
-    reads_forward = property(lambda self: isinstance(getattr(self.model, "score", None), torch.nn.Module))
+    head = property(lambda self: getattr(self.model, "score", None))  # which encoders do not have
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.tokenizer = _classifier_tokenizer(path)
@@ -160,7 +161,7 @@ class ClassifierReward:
 
     def by_token(self, states: Tensor, own: Tensor) -> Tensor:
         """The score at each token."""
-        return self.model.score(states.to(self.model.dtype)).squeeze(-1).float()
+        return self.head(states.to(self.model.dtype)).squeeze(-1).float()
 
 
 class Judge:
@@ -172,19 +173,35 @@ class Judge:
     def __call__(self, prompts: list[Prompt], completions: list[str], **columns: Any) -> list[float]:
         return self.model.score(prompts, completions, self.batch_size)
 
+    @torch.no_grad()
     def of_prefixes(self, tokenizer: Any, prompts: list[Prompt], completions: list[list[int]]) -> list[float] | None:
         """What it says of each completion before each of its tokens, one completion after the other; None where these tokens
-        are not its own."""
-        model, found = self.model, dict[int, list[float]]()
-        known = model.base_model.get_input_embeddings().num_embeddings  # the policy's may be padded further
-        same = _same_vocabulary(tokenizer, model.tokenizer) and max(map(max, completions)) < known
-        if not (model.reads_forward and same):
+        are not its own, or their states would tell what follows."""
+        if not (_same_vocabulary(tokenizer, self.model.tokenizer) and self.reads_forward):
             return None
-        texts = encode_prompts(prompts, model.tokenizer), completions
+        model, found = self.model, dict[int, list[float]]()
+        last = (
+            model.base_model.get_input_embeddings().num_embeddings - 1
+        )  # the policy's vocabulary may be padded further
+        known = [[min(token, last) for token in row] for row in completions]
+        texts = encode_prompts(prompts, model.tokenizer), known
         for rows, states, own in token_states(model.base_model, model.layers, *texts, self.batch_size):
-            before = own.roll(-1, 1).bool()  # a prefix has the score of its last token
-            found |= {i: x[b].tolist() for i, x, b in zip(rows, model.by_token(states, own), before, strict=True)}
+            before = F.pad(model.by_token(states, own), (1, -1))  # a prefix has the score of its last token
+            found |= {i: x[mine].tolist() for i, x, mine in zip(rows, before, own.bool(), strict=True)}
         return list(itertools.chain.from_iterable(found[i] for i in range(len(completions))))
+
+    @functools.cached_property
+    def reads_forward(self) -> bool:
+        """Whether states depend on what stands before them alone; found out, since configs have many words for it."""
+        base = self.model.base_model
+        texts = torch.tensor([[1, 2, 3], [1, 2, 4]], device=base.device) % base.get_input_embeddings().num_embeddings
+        if self.model.head is None:
+            return False
+        try:
+            states = base(input_ids=texts, attention_mask=torch.ones_like(texts)).last_hidden_state[:, :2]
+        except (TypeError, ValueError):  # of an encoder–decoder
+            return False
+        return bool(torch.allclose(states[0].float(), states[1].float(), rtol=1e-3, atol=1e-3))
 
 
 @functools.cache

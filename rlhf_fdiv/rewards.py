@@ -5,23 +5,18 @@ Each scorer's fields are its YAML schema. It maps prompts and completions to fin
 
 from __future__ import annotations
 
-import copy
-import functools
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import MinLen
 from pydantic import AfterValidator
-from torch import Tensor
 
-from rlhf_fdiv.chat import Prompt, answers, is_chat
 from rlhf_fdiv.data import RATINGS, read_rows
 from rlhf_fdiv.errors import UserError, did_you_mean
-from rlhf_fdiv.functions import Score, by_keyword, collected, in_threads
+from rlhf_fdiv.functions import Score, by_keyword, in_threads
 from rlhf_fdiv.parts import load
 from rlhf_fdiv.ranges import Count, NotNegative, Number, Positive
 
@@ -168,104 +163,6 @@ def with_parts(names: Iterable[str], specs: dict[str, Any]) -> list[str]:
     for name in found:  # which grows
         found += [part for part in getattr(specs.get(name), "parts", ()) if part not in found]
     return found
-
-
-class Scorers:
-    """The scorers of a run, opened once: `scores(names, prompts, completions)` → name → [B]. Those of its `targets` must give
-    a number for every completion."""
-
-    def __init__(self, specs: dict[str, Any], device: torch.device, targets: Iterable[str] = ()) -> None:
-        self.specs, self.device = specs, device
-        self._needed = {*targets}
-        self._summed = {part for spec in specs.values() if isinstance(spec, Sum) for part in spec.of}
-        self.names = list(specs)
-        self._open: dict[str, Score] = {}
-
-    def __call__(
-        self, names: list[str], /, prompts: list[Prompt], completions: list[str], **columns: Any
-    ) -> dict[str, Tensor]:
-        """Each scorer's scores [B] in float32, on the device; nan where one that is only a part of a `sum` gave None.
-
-        Raises UserError for a wrong count, type or nan, and for a None elsewhere.
-        """
-        return self.of_prefixes(names, None, prompts=prompts, completions=completions, **columns)
-
-    def of_prefixes(
-        self, names: list[str], whole: Any, /, prompts: list[Prompt], completions: list[str], **columns: Any
-    ) -> dict[str, Tensor]:
-        """The same of prefixes of some completions: `whole` is what a scorer with an `of_prefixes` takes in their place."""
-        needed, as_messages = with_parts(names, self.specs), is_chat(prompts)
-
-        def start(name: str) -> Any:
-            spec = self.specs[name]
-            if name not in self._open:
-                self._open[name] = spec.open(self.device)
-            read = getattr(self._open[name], "of_prefixes", None) if whole else None
-            if read and (values := read(*whole)) is not None:
-                return values
-            # a user's function gets TRL's form, scorers of ours read text
-            texts = answers(completions) if as_messages and isinstance(spec, Function) else completions
-            rows = {"prompts": prompts, "completions": texts, **columns}
-            return self._open[name](**{k: copy.copy(v) for k, v in rows.items()})  # what it changes is its own
-
-        started = {n: _told(n, start, n) for n in needed if not hasattr(self.specs[n], "parts")}
-
-        @functools.cache  # what is made of the same scorer shares its scores
-        def scores(name: str) -> Tensor:
-            spec = self.specs[name]
-            if isinstance(spec, Threshold):
-                of = scores(spec.of)
-                return torch.where(of.isnan(), of, (of > spec.above).float())
-            if isinstance(spec, Sum):
-                parts = torch.stack([weight * scores(part) for part, weight in spec.of.items()])
-                return torch.where(parts.isnan().all(0), math.nan, parts.nansum(0))
-            values = _told(name, collected, started[name])
-            return _checked(name, values, completions, getattr(spec, "clip", None)).to(self.device)
-
-        for name in (n for n in names if not self._may_lack(n)):
-            for row in scores(name).isnan().nonzero().flatten().tolist():
-                raise UserError(
-                    f"scorer {name!r} does not apply to completion {row}, {completions[row]!r:.200}: None is for the "
-                    "parts of a `sum`, and for each completion at least one of them must give a number"
-                )
-        return {name: scores(name) for name in names}
-
-    def _may_lack(self, name: str) -> bool:
-        """Whether a scorer may leave completions out: a part of a `sum`, or a threshold over one, and of no target."""
-        spec = self.specs[name]
-        over = isinstance(spec, Threshold) and self._may_lack(spec.of)
-        return name not in self._needed and (over or name in self._summed)
-
-
-def _told(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """The function's answer; whatever it raises becomes a UserError that names the scorer."""
-    try:
-        return function(*args)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}") from error
-
-
-def _checked(name: str, values: Any, completions: list[str], clip: tuple[float, float] | None) -> Tensor:
-    """A scorer's answer as [B] in float32, within `clip`; nan for None."""
-    lacking = [v is None for v in values] if isinstance(values, list | tuple) else []
-    if any(lacking):
-        values = [math.nan if v is None else v for v in values]
-    try:
-        scores = torch.as_tensor(values, dtype=torch.float32).detach()
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise UserError(f"scorer {name!r} gave something that is not a list of numbers: {error}") from error
-    if scores.shape != (len(completions),):
-        raise UserError(f"scorer {name!r} gave shape {[*scores.shape]} for {len(completions)} completions")
-    if clip is not None:
-        scores = scores.clamp(*clip)
-    for row in (~scores.isfinite()).nonzero().flatten().tolist():
-        if not lacking or not lacking[row]:
-            raise UserError(
-                f"scorer {name!r} gave {float(scores[row])} for completion {row}: {completions[row]!r:.200}"
-            )
-    return scores
 
 
 # figures and columns that stand beside the scores in logs, tables and reports: no scorer may have such a name

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rlhf_fdiv import config as configs
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import load_policy
-from rlhf_fdiv.rewards import Function, Scorers
+from rlhf_fdiv.rewards import Function
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.stages.inputs import check_inputs
 from rlhf_fdiv.tracking import write_table
 

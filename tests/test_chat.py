@@ -20,8 +20,9 @@ from rlhf_fdiv.data import COMPLETIONS, PREFERENCES, read_rows, tokenize_complet
 from rlhf_fdiv.data import PROMPTS as PROMPT_ROWS
 from rlhf_fdiv.models import Policy, load_tokenizer
 from rlhf_fdiv.reward_models import load_reward_model
-from rlhf_fdiv.rewards import Function, Length, Pattern, Scorers
+from rlhf_fdiv.rewards import Function, Length, Pattern
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.sequences import Sequences, sequence_sum
 from rlhf_fdiv.stages import prefer, sft
 from rlhf_fdiv.stages.common import check_inputs

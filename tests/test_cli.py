@@ -134,7 +134,7 @@ def test_the_console_script_itself_prints_no_traceback():
 def test_a_reward_that_never_answers_prints_no_traceback_as_the_process_ends(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef score(prompts, completions, **columns):\n    time.sleep(99)\n")
     code = (
-        "import torch\nfrom rlhf_fdiv.rewards import Function, Scorers\n"
+        "import torch\nfrom rlhf_fdiv.rewards import Function\nfrom rlhf_fdiv.scoring import Scorers\n"
         "Scorers({'r': Function('slow:score', timeout=0.1)}, torch.device('cpu'))(['r'], ['p'], ['c'])"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -8,16 +8,22 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
+from transformers.models.t5gemma import T5GemmaConfig, T5GemmaForSequenceClassification
+from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
+from rlhf_fdiv import reward_models
 from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.reward_models import HeadReward, HiddenStates, Judge, load_reward_model
-from rlhf_fdiv.rewards import RewardModel, Scorers, Threshold
+from rlhf_fdiv.rewards import RewardModel, Threshold
 from rlhf_fdiv.rollout import Rollout
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.sequences import Sequences
 from rlhf_fdiv.stages.policy_rollout import scores_of_prefixes
 
@@ -30,7 +36,21 @@ CLASSIFIERS = {
     "gpt2": lambda: GPT2ForSequenceClassification(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SHARED)),
     "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, **SHARED)),
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, **SHARED)),
+    "gemma that looks both ways": lambda: Gemma3TextForSequenceClassification(
+        Gemma3TextConfig(use_bidirectional_attention=True, **GEMMA, **SHARED)
+    ),
+    "encoder of t5gemma": lambda: t5gemma(False),
+    "t5gemma": lambda: t5gemma(True),
 }
+GEMMA = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "eos_token_id": 1, "bos_token_id": 1}
+
+
+def t5gemma(whole):
+    part = T5GemmaModuleConfig(**GEMMA, **SHARED)
+    config = T5GemmaConfig(
+        encoder=part, decoder=part, is_encoder_decoder=whole, eos_token_id=1, bos_token_id=1, **SHARED
+    )
+    return T5GemmaForSequenceClassification(config, is_encoder_decoder=whole)
 
 
 def ids(texts, words):
@@ -113,9 +133,9 @@ def test_a_head_scores_the_mean_of_the_tokens_so_far_and_0_before_the_first(tmp_
     torch.testing.assert_close(found(RewardModel(path, batch_size=batch_size)), alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model", [("bert",), ("llama", ["six"])], ids=["an encoder", "another vocabulary"])
+@pytest.mark.parametrize("model", [("llama", ["six"]), *((name,) for name in [*CLASSIFIERS][2:])], ids=str)
 def test_other_models_score_each_prefix_as_a_text(tmp_path, model):
-    """An encoder would have read what follows; another vocabulary has other tokens."""
+    """Another vocabulary has other tokens; what reads both ways would have read what follows."""
     path, words = classifier(tmp_path, *model), tiny.tokenizer()
     judge = load_reward_model(path, CPU)
 
@@ -124,14 +144,27 @@ def test_other_models_score_each_prefix_as_a_text(tmp_path, model):
 
     alone = one_by_one(as_text)
     assert alone.std() > 0.01
-    torch.testing.assert_close(found(RewardModel(path)), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found(RewardModel(path, batch_size=1)), alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_that_the_model_has_no_row_for_is_left_to_its_tokenizer(tmp_path):
+def test_a_token_that_the_model_has_no_row_for_changes_nothing_elsewhere(tmp_path):
     """The policy's vocabulary may be padded further than the reward model's."""
-    judge = Judge(classifier(tmp_path, "llama"), CPU, 4)
-    assert len(judge.of_prefixes(tiny.tokenizer(), PROMPTS[:1], [[5, len(tiny.WORDS) - 1]])) == 2
-    assert judge.of_prefixes(tiny.tokenizer(), PROMPTS[:1], [[5, len(tiny.WORDS)]]) is None
+    judge, words = Judge(classifier(tmp_path, "llama"), CPU, 4), tiny.tokenizer()
+    alone = judge.of_prefixes(words, PROMPTS[:1], [[5, 6, 7]])
+    beside = judge.of_prefixes(words, PROMPTS[:2], [[5, 6, 7], [5, len(words), 99]])
+    assert beside[:3] == pytest.approx(alone, abs=1e-5)
+    assert len(beside) == 6
+
+
+def test_a_prompt_without_tokens_has_nothing_before_the_first(tmp_path, monkeypatch):
+    judge, words = Judge(classifier(tmp_path, "llama"), CPU, 4), tiny.tokenizer()
+    monkeypatch.setattr(reward_models, "encode_prompts", lambda prompts, tokenizer: [[] for _ in prompts])
+    first, *others = judge.of_prefixes(words, [""], [[5, 6, 7]])
+    assert first == 0
+    model = judge.model.model
+    with torch.no_grad():
+        alone = [float(model(input_ids=torch.tensor([row])).logits) for row in ([5], [5, 6])]
+    assert others == pytest.approx(alone, abs=1e-5)
 
 
 @dataclass(frozen=True)
@@ -153,10 +186,13 @@ class Counting:
 
     def of_prefixes(self, tokenizer, prompts, token_ids):
         assert (len(tokenizer), prompts) == (len(tiny.WORDS), PROMPTS)
+        prompts.clear()  # what it changes is its own
         return [float(t) for row in token_ids for t in range(len(row) - self.too_few)]
 
 
 def test_a_scorer_of_ones_own_is_asked_once_and_checked_like_any_other():
     assert found(Lengths()).tolist() == [[0, 1, 2, 3, 4, 5], [0] * 6, [0, 1, 2, 3, 0, 0]]
-    with pytest.raises(UserError, match=r"scorer 'reward' gave shape \[8\] for 11 completions"):
+    with pytest.raises(
+        UserError, match=r"scorer 'reward' gave shape \[8\] for 11 completions\n.*unfinished completions"
+    ):
         found(Lengths(too_few=True))

@@ -33,6 +33,7 @@ ORDER = (
     "reward_models",
     "functions",
     "rewards",
+    "scoring",
     "rollout",
     "replay",
     "metrics",

@@ -15,7 +15,8 @@ from rlhf_fdiv import divergences
 from rlhf_fdiv.config import load, parse, to_dict
 from rlhf_fdiv.config.files import with_overrides
 from rlhf_fdiv.parts import named
-from rlhf_fdiv.rewards import Function, Scorers
+from rlhf_fdiv.rewards import Function
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.targets import Tilted
 
 ROOT = Path(__file__).parent.parent

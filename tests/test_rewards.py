@@ -24,12 +24,12 @@ from rlhf_fdiv.rewards import (
     NgramRidge,
     Pattern,
     RewardModel,
-    Scorers,
     Sum,
     Threshold,
     check_scorers,
 )
 from rlhf_fdiv.rollout import Rollout
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.sequences import Sequences
 from rlhf_fdiv.stages.policy_rollout import scores_of_prefixes
 

@@ -32,8 +32,8 @@ from rlhf_fdiv.models import context_length, load_causal_lm, load_tokenizer
 from rlhf_fdiv.objectives import log_target
 from rlhf_fdiv.report import write_report
 from rlhf_fdiv.reward_models import completion_states
-from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, uniforms
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.stages.common import process_state, resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.tracking import RunFolder, finite, write_atomically
 

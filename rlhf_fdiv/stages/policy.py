@@ -29,8 +29,8 @@ from rlhf_fdiv.errors import UserError
 from rlhf_fdiv.models import Reference, context_length, load_policy, load_tokenizer
 from rlhf_fdiv.objectives import token_rewards
 from rlhf_fdiv.replay import Replay, Scored
-from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.sequences import sequence_sum
 from rlhf_fdiv.stages.common import resolve_scorers, run_stage, starting_model
 from rlhf_fdiv.stages.policy_log import Log

@@ -11,8 +11,8 @@ from torch import Tensor
 from rlhf_fdiv.config import RunConfig
 from rlhf_fdiv.data import Rows, extra_columns
 from rlhf_fdiv.models import Reference, in_micro_batches
-from rlhf_fdiv.rewards import Scorers
 from rlhf_fdiv.rollout import Rollout, sample, sample_each, uniforms
+from rlhf_fdiv.scoring import Scorers
 from rlhf_fdiv.stages.policy_server import Server
 from rlhf_fdiv.stages.training import Training
 
@@ -84,14 +84,7 @@ class Sampler:
 def scores_of_prefixes(
     scorers: Scorers, names: list[str], batch: Rollout, columns: dict[str, Any], tokenizer: Any
 ) -> dict[str, Tensor]:
-    """Each scorer's scores of what stood before each token, [B, T], zero at padding; `columns` are the completions'. A reward
-    model of the policy's vocabulary reads each completion once, others score each prefix as a text."""
-    if not names:
-        return {}
-    mask, ids = batch.sequences.mask.bool(), columns["completion_ids"]
-    places = mask.nonzero().tolist()
-    prefixes = [ids[i][:t] for i, t in places]
-    repeated = {name: [column[i] for i, _ in places] for name, column in columns.items() if isinstance(column, list)}
-    repeated |= {"completion_ids": prefixes, "completions": tokenizer.batch_decode(prefixes, skip_special_tokens=True)}
-    scores = scorers.of_prefixes(names, (tokenizer, columns["prompts"], ids), **columns | repeated)
+    """Each scorer's scores of what stood before each token, [B, T], zero at padding; `columns` are the completions'."""
+    mask = batch.sequences.mask.bool()
+    scores = scorers.of_prefixes(names, tokenizer, **columns) if names else {}
     return {name: x.new_zeros(mask.shape).masked_scatter(mask.to(x.device), x) for name, x in scores.items()}

@@ -72,10 +72,14 @@ class Loss:
         elif self.unclipped or estimator.num_epochs * getattr(estimator, "num_minibatches", 1) == 1:
             self.old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
         # of the completions of all processes together: whitening and figures must not depend on how they are shared out
-        parts = (rewards, mask, self.old_values, batch.weights(self.cap), prefix_scores)
-        rewards, self.all_masks, values, self.all_weights, prefixes = (training.gather(x) for x in parts)
+        own = (
+            training.options.num_prompts * self.k // training.accelerator.num_processes
+        )  # rows of a step, before replayed
+        places = training.accelerator.process_index * own + torch.arange(len(mask), device=mask.device) % own
+        parts = (rewards, mask, self.old_values, batch.weights(self.cap), prefix_scores, places)
+        rewards, self.all_masks, values, self.all_weights, prefixes, places = (training.gather(x) for x in parts)
         if prefixes is not None:
-            values = prefix_values(rewards, self.all_masks, prefixes, self.k, estimator.gamma)
+            values = prefix_values(rewards, self.all_masks, prefixes, self.k, estimator.gamma, places)
         self.all_values = values
         self.estimated = estimator(rewards, self.all_masks, self.k, self.all_values, self.all_weights)
         self.advantages, self.returns = (training.own(x, mask) for x in self.estimated)
