@@ -104,7 +104,7 @@ class Prefer:
         if slope_at_zero != -math.inf:
             return (
                 f"{label(f)} cannot be used by prefer: f'(0⁺) = {slope_at_zero:.3g}, and f-DPO is valid only where it is "
-                "−∞ (forward_kl, reverse_kl, js, jeffreys, alpha ≤ 1, chi_mix — the repaired Pearson)"
+                "−∞ (forward_kl, reverse_kl, js, hellinger, jeffreys, alpha ≤ 1, chi_mix — the repaired Pearson, …)"
             )
         return None
 

@@ -32,6 +32,16 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
+def test_an_adapter_that_has_only_a_pickle_is_refused_and_not_opened(start, tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": start, "target_modules": ["q_proj"], "r": 2}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    (message,) = problems(load_causal_lm, str(tmp_path / "adapter"), ModelOptions("x"))
+    assert "no adapter_model.safetensors" in message
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_a_model_that_has_only_a_pickle_is_refused_and_not_opened(start, tmp_path):
     AutoModelForCausalLM.from_pretrained(start).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

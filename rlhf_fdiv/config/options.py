@@ -101,8 +101,8 @@ class VllmOptions:
 @dataclass(frozen=True)
 class PolicyOptions(TrainingOptions):
     """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
-    optimiser step of them (ppo and grpo: one an epoch and minibatch). With `reference_share` > 0 that share is sampled from
-    the reference, with `replay_steps` each update also goes over the completions of that many steps before; every completion
+    optimiser step of them, or one in each epoch and minibatch of the estimator. With `reference_share` > 0 that share is
+    sampled from the reference, with `replay_steps` each update also goes over the completions of that many steps before; every completion
     then, and with the engine `vllm`, carries its importance weight π/μ, at most `max_importance_weight`. Scores of
     `logged_scorers` are recorded beside those that the target is made of, and train nothing. With `logprob_chunk` the update
     holds the logits of that many tokens at a time: slower, for large vocabularies that would not fit."""
