@@ -102,9 +102,9 @@ class VllmOptions:
 class PolicyOptions(TrainingOptions):
     """On-policy training. Each step samples `num_prompts` × `num_generations` completions over all processes and makes one
     optimiser step of them, or one in each epoch and minibatch of the estimator. With `reference_share` > 0 that share is
-    sampled from the reference, with `replay_steps` each update also goes over the completions of that many steps before; every completion
-    then, and with the engine `vllm`, carries its importance weight π/μ, at most `max_importance_weight`. Scores of
-    `logged_scorers` are recorded beside those that the target is made of, and train nothing. With `logprob_chunk` the update
+    sampled from the reference, with `replay_steps` each update also goes over the completions of that many steps before;
+    every completion then, and with the engine `vllm`, carries its importance weight π/μ, at most `max_importance_weight`.
+    Scores of `logged_scorers` are recorded beside those of the target, and train nothing. With `logprob_chunk` the update
     holds the logits of that many tokens at a time: slower, for large vocabularies that would not fit."""
 
     num_prompts: Count = 8
