@@ -75,7 +75,9 @@ def load_causal_lm(name_or_path: str, options: ModelOptions) -> nn.Module:
         from peft import PeftModel
 
         if not adapter.with_name("adapter_model.safetensors").is_file():  # peft would read a pickle in its place
-            raise UserError(f"{name_or_path}: its adapter has no adapter_model.safetensors, and pickles are not read")
+            raise UserError(
+                f"model {name_or_path}: its adapter has no adapter_model.safetensors, and pickles are not read"
+            )
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         with readable(name_or_path, "its adapter cannot be loaded"):
             merged: Any = PeftModel.from_pretrained(load_causal_lm(base, options), path).merge_and_unload().eval()

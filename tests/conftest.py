@@ -1,12 +1,19 @@
 """What several test files start from: a tiny model, its data, and the console script."""
 
+import os
 import sys
 
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, settings
 
 from rlhf_fdiv import cli
+
+# on a busy machine an example takes what it takes; CI=1 makes the examples the same each time
+patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("patient", settings.get_profile("ci" if os.environ.get("CI") else "default"), **patient)
+settings.load_profile("patient")
 
 
 def pytest_addoption(parser):

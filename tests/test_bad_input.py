@@ -36,12 +36,12 @@ from rlhf_fdiv.tracking import write_table
 
 
 @pytest.fixture(autouse=True)
-def never_a_hang(request):
+def never_a_hang():
     def stop(*args):
         raise AssertionError("a hang")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(120 if request.node.get_closest_marker("slow") else 30)
+    signal.alarm(300)  # of a busy machine, with the fixtures
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -254,6 +254,7 @@ def test_no_spread_of_the_log_ratios_is_too_small_or_too_large(f, spread):
     """Squares and cubes of what an f makes of them leave the range of a float long before they do."""
     e = estimate(f, spread * log_ratios(1.0))
     assert e.reason or (math.isfinite(e.value) and math.isfinite(e.standard_error))
+    assert not e.reason or spread > 1
 
 
 @each_name

@@ -291,8 +291,14 @@ def test_alpha_passes_through_the_two_kls_without_a_jump_in_value_or_slope(near,
     torch.testing.assert_close(f.f_prime(s), limit.f_prime(s), rtol=20 * abs(step) + 1e-11, atol=0)
 
 
+# a subnormal α or log-ratio loses its digits before any formula sees it, and 400 digits are too few for the oracle
 @quick
-@given(st.floats(-3, 4), log_ratios)
+@given(
+    st.floats(-3, 4).filter(lambda a: a in (0, 1) or min(abs(a), abs(a - 1)) > 1e-50),
+    st.lists(st.floats(-20, 20).filter(lambda s: s == 0 or abs(s) > 1e-50), min_size=1, max_size=20).map(
+        lambda x: T(*x)
+    ),
+)
 def test_alpha_is_its_formula_and_its_slope_grows_with_t_for_every_alpha(alpha, s):
     f = D.get("alpha", alpha=alpha)
     value, slope, *_ = by_hand(f)
@@ -734,11 +740,7 @@ def test_a_dotted_path_finds_a_class_and_takes_its_parameters():
 def test_an_f_is_its_own_spec_and_params_beside_it_are_never_dropped_in_silence():
     f = D.get("alpha", alpha=0.3)
     assert D.get(f) is f
-    try:
-        scaled = D.get(D.get("js"), unit_curvature=True)
-    except (TypeError, ValueError):
-        return
-    assert scaled.curvature == pytest.approx(1)
+    assert D.get(D.get("js"), unit_curvature=True).curvature == pytest.approx(1)
 
 
 @pytest.mark.parametrize("f", [f for f in FS if f.name != "tv"], ids=ids)

@@ -426,7 +426,15 @@ LR = 0.01
 
 
 def stepped(
-    estimator, size, value_head=False, rewards=None, max_grad_norm=1e9, lr=LR, architecture="llama", prefix_scores=None
+    estimator,
+    size,
+    value_head=False,
+    rewards=None,
+    max_grad_norm=1e9,
+    lr=LR,
+    architecture="llama",
+    prefix_scores=None,
+    seed=0,
 ):
     """The policy before and after `update`, what it was trained on, its figures and the number of optimiser steps."""
     policy = Policy(perturbed(tiny_lm(architecture)), value_head).double()
@@ -440,7 +448,7 @@ def stepped(
                             optim="sgd", learning_rate=lr)  # fmt: skip
     training, steps = Training(policy, options, Path(), Accelerator(cpu=True)), []
     training.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    figures = update(training, estimator, batch, rewards, 0, None, prefix_scores)
+    figures = update(training, estimator, batch, rewards, seed, None, prefix_scores)
     return before, policy, sequences, rewards, figures, len(steps)
 
 
@@ -499,7 +507,58 @@ def test_a_ppo_step_without_critic_clip_or_whitening_is_the_reinforce_step():
     assert ppo[1].value_head.bias.abs() > 0, "the critic learns at the same step"
 
 
-def test_several_epochs_clip_and_shuffle_yet_each_pass_sees_every_row_once():
+def test_a_ppo_step_is_that_of_the_clipped_loss_and_half_the_squared_error_of_the_critic():
+    ppo = PPO(num_epochs=1, num_minibatches=1, gamma=0.9, lam=0.5, vf_coef=0.6, whiten_advantages=False)
+    policy = Policy(perturbed(tiny_lm("gpt2")), value_head=True).double()
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+    before, sequences = copy.deepcopy(policy), Sequences.of([p for p in PROMPTS for _ in range(2)], TRAINED_TEXTS)
+    out, mask = before(sequences), sequences.mask
+    old, rewards = out.values.detach(), normal(*mask.shape) * mask
+    batch = Rollout(sequences, out.log_probs.detach(), torch.zeros_like(old), [0, 1, 2])
+    options = PolicyOptions(num_generations=2, per_device_train_batch_size=6, max_grad_norm=1e9,
+                            optim="sgd", learning_rate=LR)  # fmt: skip
+    update(Training(policy, options, Path(), Accelerator(cpu=True)), ppo, batch, rewards, 0)
+    advantages = generalised_advantages(rewards, old, mask, 0.9, 0.5)
+    critic = 0.5 * 0.6 * ((out.values - advantages - old) ** 2 * mask).sum(1)
+    expected = gradient((critic - (advantages * out.log_probs * mask).sum(1)).mean(), before)
+    found = torch.cat([(b - a).flatten() for a, b in zip(policy.parameters(), before.parameters(), strict=True)])
+    assert float((found - LR * expected).norm() / (LR * expected).norm()) <= 1e-9
+
+
+def test_a_critic_of_prefixes_discounts_as_its_advantages_do():
+    ppo = PPO("prefixes", num_epochs=1, num_minibatches=1, gamma=0.5, lam=1.0, whiten_advantages=False)
+    of_prefixes = normal(6, 4, 1)
+    before, after, sequences, rewards, *_ = stepped(ppo, 6, architecture="gpt2", prefix_scores=of_prefixes)
+    values = prefix_values(rewards, sequences.mask, of_prefixes, 2, 0.5)
+    advantages = generalised_advantages(rewards, values, sequences.mask, 0.5, 1.0)
+    expected = gradient((advantages * before(sequences).log_probs * sequences.mask).sum(1).mean(), before)
+    assert float((change(before, after) - LR * expected).norm() / (LR * expected).norm()) <= 1e-9
+
+
+def test_grpo_weighs_completions_of_another_law():
+    rewards, w = normal(12, 1), normal(12, seed=1).exp()
+    s, v = rewards.view(3, 4), w.view(3, 4)
+    expected = v * (s - (v * s).mean(1, keepdim=True)) / (s.std(1, keepdim=True) + 1e-4)
+    found = GRPO()(rewards, torch.ones(12, 1), 4, weights=w).advantages.view(3, 4)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_each_epoch_shuffles_all_rows_anew_by_the_seed_of_the_step(monkeypatch):
+    step = Training.step
+
+    def rows_of(seed):
+        seen = []
+        monkeypatch.setattr(Training, "step", lambda self, rows, *rest: seen.append(rows) or step(self, rows, *rest))
+        stepped(PPO(num_epochs=2, num_minibatches=3), 6, True, seed=seed)
+        return [torch.cat(seen[:3]).tolist(), torch.cat(seen[3:]).tolist()]
+
+    first, second = rows_of(0)
+    assert sorted(first) == sorted(second) == list(range(6))
+    assert first != second
+    assert rows_of(0) == [first, second] != rows_of(1)
+
+
+def test_several_epochs_of_minibatches_see_every_row_once_a_pass():
     """With clipping off and a tiny rate, two epochs of three minibatches move as far as two full passes."""
     two = PPO(num_epochs=2, num_minibatches=3, lam=1.0, whiten_advantages=False, clip_range=None, vf_coef=0.0)
     one = PPO(num_epochs=1, num_minibatches=1, lam=1.0, whiten_advantages=False, clip_range=None, vf_coef=0.0)

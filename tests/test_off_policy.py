@@ -44,7 +44,7 @@ from rlhf_fdiv.stages import policy as policy_stage
 from rlhf_fdiv.stages import policy_rollout
 from rlhf_fdiv.stages.policy_update import update
 from rlhf_fdiv.stages.training import Training, launch
-from rlhf_fdiv.targets import LogPartition
+from rlhf_fdiv.targets import DualAscent, LogPartition, Moments
 
 INF = math.inf
 FS = [divergences.get(name) for name in ("reverse_kl", "forward_kl", "js")]
@@ -454,6 +454,17 @@ def seen(monkeypatch):
     return kept
 
 
+def test_lambda_follows_the_policys_own_completions_under_its_schedule(policy):
+    target = "target={name: moments, moments: {praise: .8}, lambdas: {praise: 0}, dual_learning_rate: .3}"
+    out = policy(target, SHARE, "policy.lr_scheduler_type=linear")
+    table = tiny.completions(out)
+    dual = DualAscent(Moments({"praise": 0.8}, lambdas={"praise": 0.0}, dual_learning_rate=0.3))
+    for step, row in enumerate(jsonl(out / "metrics.jsonl"), 1):
+        own = torch.tensor(table["praise"][table["step"] == step].to_numpy())
+        expected = dual.step({"praise": own}, 1 - (step - 1) / 4)["lambda_praise"]
+        assert row["lambda_praise"] == pytest.approx(expected, abs=2e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("engine", ["cached", "generate"])
@@ -471,7 +482,11 @@ def test_a_run_draws_its_share_from_the_reference_and_logs_the_policys_own_alone
     running = LogPartition()
     for row, (batch, praise, tilt, log_a, log_z) in zip(rows, seen, strict=True):
         mask, own = batch.sequences.mask, batch.own
+        assert torch.equal(own, uniforms(0, row["step"], 16, 1, stream=1)[:, 0] >= 0.4), "noise of its own"
         log_pi, log_ref = sequence_sum(batch.log_probs, mask), sequence_sum(log_a, mask)
+        if row["to_target.reverse_kl"] is not None:
+            log_p = log_ref + tilt - log_z
+            assert row["to_target.reverse_kl"] == pytest.approx(float((log_pi - log_p)[own].mean()), abs=2e-5)
         log_ratio = (log_ref - batch.log_mu).view(4, 4)  # of all samples, under what drew them
         found = running.update(batch.prompts, log_ratio + tilt.view(4, 4), log_ratio)
         assert torch.allclose(found.repeat_interleave(4), log_z, atol=1e-5)
@@ -495,6 +510,7 @@ def test_a_run_draws_its_share_from_the_reference_and_logs_the_policys_own_alone
         w = (log_pi.double().exp() / mu).clamp(max=cap)
         assert row["ess_importance"] == pytest.approx(float(w.sum() ** 2 / (w**2).sum()), rel=1e-4)
         assert row["clipped_importance"] == pytest.approx(float((w >= cap - 1e-9).double().mean()), abs=1e-6)
+    assert any(row["to_target.reverse_kl"] is not None for row in rows)
     assert rows[0]["ess_importance"] == pytest.approx(16, abs=1e-3), "before the first update π is a"
     assert rows[0]["clipped_importance"] == 0
     assert abs(rows[0]["kl_reference"]) <= 1e-4

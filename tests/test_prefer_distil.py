@@ -1060,6 +1060,7 @@ def test_steps_are_those_of_gradient_descent_on_the_divergence_to_the_teacher(di
     tok, logged, kinds = tiny.tokenizer(), jsonl(out / "metrics.jsonl"), set()
     for step in range(1, steps + 1):
         own = logged[step - 1]["on_policy"] == 1
+        assert own == (float(uniforms(0, step, 1, 1, stream=2)) < objective.on_policy), "noise of its own"
         kinds.add(own)
         if own:
             batch = [prompts[i] for i in row_order(0, step, 5, 12)]

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
@@ -41,7 +42,11 @@ from transformers import (
 
 from rlhf_fdiv import config as configs
 from rlhf_fdiv import divergences
+from rlhf_fdiv.models import load_tokenizer
+from rlhf_fdiv.objectives import preference_divergence
+from rlhf_fdiv.reward_models import fit_head, load_reward_model
 from rlhf_fdiv.rewards import RESERVED
+from rlhf_fdiv.rollout import sample, uniforms
 from rlhf_fdiv.stages import policy as policy_stage
 from rlhf_fdiv.stages import policy_update
 
@@ -259,7 +264,11 @@ def test_the_evaluation_adds_up(whole):
             assert gain == pytest.approx(difference.mean(), abs=1e-5)
             assert error == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(len(by_prompt)), rel=1e-3)
             for model in ("sft", "policy"):
-                assert report[model][scorer] == pytest.approx(table[f"{model}_{scorer}"].mean(), abs=1e-5)
+                values = table[f"{model}_{scorer}"]
+                by_prompt = values.groupby(table["prompt"]).mean()
+                assert report[model][scorer] == pytest.approx(values.mean(), abs=1e-5)
+                expected = by_prompt.std(ddof=1) / math.sqrt(len(by_prompt))
+                assert report[model][f"{scorer}_se"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
     for kind in ("divergence_to_reference", "divergence_to_target"):
         assert report[kind].keys() == {"reverse_kl", "forward_kl", "js", "tv", "hellinger", "pearson_chi2"}
         for measured in report[kind].values():
@@ -283,6 +292,32 @@ def test_what_evaluate_says_of_the_policy_is_true_of_its_folder(whole):
             nats -= float(log_p.gather(1, torch.tensor(text)[:, None]).sum())
             tokens += len(text)
         assert report[name]["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-3)
+    pi, a = (AutoModelForCausalLM.from_pretrained(folder / where / "model").eval() for where in ("policy", "sft"))
+    prompts = [tok(row["prompt"])["input_ids"] for row in jsonl(Path(raw["data"]["prompts_eval"]))]
+    drawn, *_ = sample(pi, load_tokenizer(str(folder / "policy" / "model")), prompts, 4, uniforms(1, 0, 32, 6))
+    kls, log_ratios = [], []
+    for prompt, text, mask in zip(
+        [p for p in prompts for _ in range(4)], drawn.completion_ids, drawn.mask, strict=True
+    ):
+        text = text[mask.bool()]
+        with torch.no_grad():
+            logits = (lm(torch.tensor([[*prompt, *text.tolist()]])).logits[0, len(prompt) - 1 : -1] for lm in (pi, a))
+            log_pi, log_a = (x.log_softmax(-1) for x in logits)
+        kls.append(float((log_pi.exp() * (log_pi - log_a)).sum()))
+        log_ratios.append(float((log_pi - log_a).gather(1, text[:, None]).sum()))
+    assert report["policy"]["kl_reference"] == pytest.approx(np.mean(kls), abs=1e-4)
+    error = np.reshape(kls, (8, 4)).mean(1).std(ddof=1) / math.sqrt(8)
+    assert report["policy"]["kl_reference_se"] == pytest.approx(error, rel=1e-2)
+    assert report["divergence_to_reference"]["reverse_kl"]["value"] == pytest.approx(np.mean(log_ratios), abs=1e-3)
+
+
+def test_both_models_write_with_the_same_noise(config, start):
+    """So a policy that has not moved writes what the reference writes."""
+    words = ("stages=[policy, evaluate]", f"policy.model={start}", "policy.max_steps=1", "policy.learning_rate=1e-30")
+    folder = run(config(scorers={"reward": {"name": "pattern", "pattern": PATTERN}}), *words).path
+    table = pd.read_parquet(folder / "evaluate" / "samples.parquet")
+    assert table["sft"].tolist() == table["policy"].tolist()
+    assert table["sft"].nunique() > 8
 
 
 @pytest.mark.slow
@@ -436,6 +471,13 @@ def test_ppo(policy, model):
 def test_grpo_with_two_epochs(policy):
     rows = checked(policy("estimator={name: grpo, num_epochs: 2}", "policy.max_steps=2"))
     assert all("clip_fraction" in row for row in rows)
+
+
+def test_weight_decay_takes_its_share_of_each_weight(policy, start):
+    args = (FULL, "model.dtype=float64", "policy.max_steps=1", "policy.learning_rate=.01")
+    one, none = (weights(policy(*args, f"name=d{d}", f"policy.weight_decay={d}") / "model") for d in (0.1, 0))
+    for name, w in weights(Path(start)).items():
+        torch.testing.assert_close(none[name] - one[name], 0.01 * 0.1 * w.double(), rtol=0, atol=1e-12)
 
 
 def test_the_fused_adamw_is_adamw(policy):
@@ -685,6 +727,43 @@ def separable(folder):
         "preferences_train": write_rows(folder / "train.jsonl", rows),
         "preferences_eval": write_rows(folder / "eval.jsonl", held),
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "share"), [((), 0.8), (("reward.label_smoothing=.1",), 0.74)], ids=["", "smoothed"])
+@pytest.mark.parametrize("method", [
+    ("reward.l2=.01",),
+    ("reward.method=finetune", "reward.max_steps=60", "reward.learning_rate=5e-3",
+     "reward.training_args={lr_scheduler_type: constant}"),
+], ids=["head", "finetune"])  # fmt: skip
+def test_a_reward_model_is_as_sure_as_the_raters_were(config, data, tmp_path, method, words, share):
+    """One pair, which four of five prefer: σ of the margin that fits is .8."""
+    rows = [{"prompt": f"film : {film} review :", "chosen": " plot is good", "rejected": " plot is bad", "preference": 0.8}
+            for film in FILMS]  # fmt: skip
+    files = {k: v for k, v in data.items() if k not in ("gold", "preferences_eval")}
+    path = config(data=files | {"preferences_train": write_rows(tmp_path / "soft.jsonl", rows)})
+    out = run(path, "stages=[reward]", *method, *words).path / "reward"
+    model = load_reward_model(str(out / "model"), torch.device("cpu"))
+    chosen, rejected = (
+        torch.tensor(model.score([r["prompt"] for r in rows], [r[side] for r in rows], 8))
+        for side in ("chosen", "rejected")
+    )
+    assert float((chosen - rejected).sigmoid().mean()) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("l2", [0.5, 20.0])
+def test_the_heads_weights_are_at_the_minimum_of_loss_and_penalty(l2):
+    generator = torch.Generator().manual_seed(0)
+    x, c = torch.randn(40, 5, generator=generator).double(), torch.rand(40, generator=generator).double()
+    f = divergences.get("forward_kl")
+
+    def slope(w):
+        w = w.double().requires_grad_()
+        loss = preference_divergence(f, x @ w, c).mean() + l2 / (2 * len(x)) * (w @ w)
+        return torch.autograd.grad(loss, w)[0]
+
+    w = fit_head(f, x, c, l2)
+    assert slope(w).norm() <= 1e-4 * slope(torch.zeros(5)).norm()
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "js", "hellinger", "tv"])

@@ -270,12 +270,10 @@ FAULTS = {
 def test_each_fault_of_a_server_is_one_clear_message(policy, server, case):
     path, fault, message = FAULTS[case]
     server.faults[path] = fault
-    began = time.monotonic()
     found = problem(policy, "policy.vllm.timeout=1")
     assert re.search(message, found)
     assert f"{server.url}" in found
     assert "There is no checkpoint yet: the same command begins this stage anew" in found
-    assert time.monotonic() - began < 10
 
 
 def test_no_server_at_all(policy, server):
