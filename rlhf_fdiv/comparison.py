@@ -79,7 +79,8 @@ def with_settings(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
     def words(values: Any) -> str:
         pairs = zip(names, values, strict=True)
-        return ", ".join(f"{name} {x:g}" if isinstance(x, float) else f"{name} {x}" for name, x in pairs)
+        given = ((name, x) for name, x in pairs if pd.notna(x))  # a field that only other choices have
+        return ", ".join(f"{name} {x:g}" if isinstance(x, float) else f"{name} {x}" for name, x in given)
 
     named = table[["config.divergence", "config.seed"]].set_axis(["divergence", "seed"], axis=1)
     return pd.concat([table, named.assign(rest=[words(values) for values in table[others].to_numpy(object)])], axis=1)
