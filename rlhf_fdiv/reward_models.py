@@ -180,9 +180,8 @@ class Judge:
         if not (_same_vocabulary(tokenizer, self.model.tokenizer) and self.reads_forward):
             return None
         model, found = self.model, dict[int, list[float]]()
-        last = (
-            model.base_model.get_input_embeddings().num_embeddings - 1
-        )  # the policy's vocabulary may be padded further
+        # the policy's vocabulary may be padded further
+        last = model.base_model.get_input_embeddings().num_embeddings - 1
         known = [[min(token, last) for token in row] for row in completions]
         texts = encode_prompts(prompts, model.tokenizer), known
         for rows, states, own in token_states(model.base_model, model.layers, *texts, self.batch_size):

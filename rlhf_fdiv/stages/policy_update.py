@@ -72,10 +72,12 @@ class Loss:
         elif self.unclipped or estimator.num_epochs * getattr(estimator, "num_minibatches", 1) == 1:
             self.old_log_probs = None  # the ratio is exactly 1, and its gradient that of log π
         # of the completions of all processes together: whitening and figures must not depend on how they are shared out
-        own = (
-            training.options.num_prompts * self.k // training.accelerator.num_processes
-        )  # rows of a step, before replayed
-        places = training.accelerator.process_index * own + torch.arange(len(mask), device=mask.device) % own
+        places = None
+        if (
+            prefix_scores is not None
+        ):  # of each completion in its own step; replayed ones stand behind this process's new
+            new = training.options.num_prompts * self.k // training.accelerator.num_processes
+            places = training.accelerator.process_index * new + torch.arange(len(mask), device=mask.device) % new
         parts = (rewards, mask, self.old_values, batch.weights(self.cap), prefix_scores, places)
         rewards, self.all_masks, values, self.all_weights, prefixes, places = (training.gather(x) for x in parts)
         if prefixes is not None:
